@@ -1,0 +1,1 @@
+"""Filled from ``model_zoo/<MODEL>/src`` by setup.cfg: ``from flowctr.models.InterFormer import InterFormer``."""
