@@ -1,0 +1,44 @@
+"""Building blocks shared by the models: plain torch modules, one idea per file.
+
+Shape letters, the same in every file and model:
+
+    B  rows of a batch          N  tokens of a group           T  steps (events) of a behaviour
+    D  token width              H  attention heads             K  tasks (labels)
+
+Masks are ``torch.bool``; True marks a real token. Behaviour events are right-aligned (``masks.right_align``): the most
+recent event is the last step whatever side the data set pads on. ``tokens`` alone knows FuxiCTR's FeatureMap.
+"""
+
+from flowctr.layers.attention import AttentionPooling, MultiHeadAttention, record_attention
+from flowctr.layers.dhen import DHENLayer
+from flowctr.layers.gating import Gating
+from flowctr.layers.heads import TaskHeads
+from flowctr.layers.interaction import CrossInteraction, DotInteraction, pairwise_dots
+from flowctr.layers.lce import LinearCompressedEmbedding
+from flowctr.layers.masknet import MaskNet
+from flowctr.layers.masks import masked_mean, right_align
+from flowctr.layers.options import check_options, check_positive
+from flowctr.layers.pffn import PersonalizedFFN
+from flowctr.layers.rope import rotate
+from flowctr.layers.tokens import FeatureTokens
+
+__all__ = [
+    "AttentionPooling",
+    "CrossInteraction",
+    "DHENLayer",
+    "DotInteraction",
+    "FeatureTokens",
+    "Gating",
+    "LinearCompressedEmbedding",
+    "MaskNet",
+    "MultiHeadAttention",
+    "PersonalizedFFN",
+    "TaskHeads",
+    "check_options",
+    "check_positive",
+    "masked_mean",
+    "pairwise_dots",
+    "record_attention",
+    "right_align",
+    "rotate",
+]

@@ -1,0 +1,3 @@
+from .DOT import DOT
+
+__all__ = ["DOT"]

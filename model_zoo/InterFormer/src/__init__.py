@@ -1,0 +1,3 @@
+from .InterFormer import InterFormer
+
+__all__ = ["InterFormer"]

@@ -1,0 +1,145 @@
+"""Multi-head attention with key masks and rotary positions, pooling by it, and reading its weights out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from flowctr.layers.rope import rotate
+from torch import Tensor, nn
+
+
+class MultiHeadAttention(nn.Module):
+    """``softmax(Q K^T / sqrt(D/H)) V`` per head, then an output projection (Vaswani et al., 2017).
+
+    Args:
+        dim: Token width D.
+        num_heads: Heads H; must divide ``dim``.
+        dropout: Dropout on the attention weights while training.
+
+    Raises:
+        ValueError: If ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 1, dropout: float = 0.0):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim; got num_heads={num_heads}, dim={dim}")
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.query, self.value, self.out = (nn.Linear(dim, dim) for _ in range(3))
+        self.key = nn.Linear(dim, dim, bias=False)  # softmax cancels a bias shared by all keys
+        self.output_dim = dim
+
+    def forward(
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        query_positions: Tensor | None = None,
+        token_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Lets each query read the real tokens.
+
+        Args:
+            queries: ``(B, N, D)``.
+            tokens: Keys and values, ``(B, T, D)``.
+            mask: Real tokens, ``(B, T)``.
+            query_positions: Rotary positions of the queries, ``(B, N)``; none: no rotation.
+            token_positions: Rotary positions of the tokens, ``(B, T)``; none: no rotation.
+
+        Returns:
+            ``(B, N, D)``; zeros where a row has no real token.
+        """
+        q, k = self._queries_and_keys(queries, tokens, query_positions, token_positions)
+        v = self._split(self.value(tokens))
+        heads = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=_allowed(mask), dropout_p=self.dropout if self.training else 0.0
+        )
+        merged = heads.transpose(1, 2).flatten(2)  # (B, N, D)
+        return self.out(merged) * mask.any(dim=1)[:, None, None]
+
+    def weights(
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        query_positions: Tensor | None = None,
+        token_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Computes the attention weights that ``forward`` uses for the same arguments, ``(B, H, N, T)``."""
+        q, k = self._queries_and_keys(queries, tokens, query_positions, token_positions)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        return scores.masked_fill(~_allowed(mask), -torch.inf).softmax(dim=-1) * mask.any(dim=1)[:, None, None, None]
+
+    def _queries_and_keys(self, queries, tokens, query_positions, token_positions) -> tuple[Tensor, Tensor]:
+        q, k = self._split(self.query(queries)), self._split(self.key(tokens))
+        if query_positions is not None:
+            q = rotate(q, query_positions)
+        if token_positions is not None:
+            k = rotate(k, token_positions)
+        return q, k
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D/H)
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """Broadcasts a key mask to ``(B, 1, 1, T)``; a row without a real key may read all, as softmax needs one."""
+    return (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+class AttentionPooling(nn.Module):
+    """Pooling by multi-head attention: learnable queries read the tokens (PMA; Lee et al., Set Transformer, 2019).
+
+    ``PMA(S) = MHA(Q, S, S)`` with a learnable ``Q: num_queries x D``.
+
+    Args:
+        num_queries: Number of pooled tokens N.
+        dim: Token width D.
+        num_heads: Attention heads.
+        dropout: Dropout on the attention weights while training.
+    """
+
+    def __init__(self, num_queries: int, dim: int, num_heads: int = 1, dropout: float = 0.0):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        self.attention = MultiHeadAttention(dim, num_heads, dropout)
+        self.output_dim = dim
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws the queries (xavier normal)."""
+        nn.init.xavier_normal_(self.queries)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Pools ``(B, T, D)`` under the mask ``(B, T)`` into ``(B, N, D)``."""
+        queries = self.queries.expand(tokens.shape[0], -1, -1)
+        return self.attention(queries, tokens, mask)
+
+
+@contextmanager
+def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Records, while active, the weights of every ``MultiHeadAttention`` that runs inside ``model``.
+
+    Yields:
+        A dict that fills up as the model runs: module name -> weights averaged over heads, ``(B, N, T)``.
+    """
+    recorded: dict[str, Tensor] = {}
+
+    def recorder(name: str):
+        def hook(module, args, kwargs, output):
+            recorded[name] = module.weights(*args, **kwargs).mean(dim=1)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(recorder(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, MultiHeadAttention)
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,165 @@
+"""From a FuxiCTR batch to field tokens and behaviour events; the only layer that knows FuxiCTR's FeatureMap."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from flowctr.layers.masks import masked_mean, right_align
+from fuxictr.features import FeatureMap
+from fuxictr.pytorch.layers import FeatureEmbeddingDict
+from torch import Tensor, nn
+
+MEAN_POOLING = "layers.MaskedAveragePooling()"
+
+
+class FeatureTokens(nn.Module):
+    """Embeds a batch: every field becomes a token, every event of a behaviour one step.
+
+    * Sequence columns named in ``behaviors`` become events: the columns of one behaviour are aligned step by step, and
+      an event is real when any of them is not padding (id 0). Events are right-aligned, so padding side and length of
+      the data do not matter.
+    * All numeric fields together become one dense token, ``Linear(values)``.
+    * Every other field that is not ``meta`` becomes a token: categorical ones by their table, ``embedding`` ones by a
+      linear map, remaining sequences pooled by their feature encoder (the mean unless the data set names one).
+
+    The tables live in FuxiCTR's ``FeatureEmbeddingDict``, which its ``embedding_regularizer`` looks for. A column
+    whose own ``embedding_dim`` differs from the token width gets a linear map to it.
+
+    Args:
+        feature_map: FuxiCTR's feature map of the data set.
+        dim: Token width D.
+        behaviors: Behaviour name -> its columns; none: every sequence column is a behaviour of its own.
+        embedding_initializer: FuxiCTR's initialiser string of the tables.
+
+    Raises:
+        ValueError: If ``behaviors`` names a column that is not a sequence of the data set, names one twice, or aligns
+            columns of different ``max_len``; or if there is no field to make a token of.
+    """
+
+    def __init__(
+        self,
+        feature_map: FeatureMap,
+        dim: int,
+        behaviors: Mapping[str, Sequence[str]] | None = None,
+        embedding_initializer: str = "partial(nn.init.normal_, std=1e-4)",
+    ):
+        super().__init__()
+        specs = feature_map.features
+        self.output_dim = dim
+        self.behaviors = _check_behaviors(feature_map, behaviors)
+        columns = [column for names in self.behaviors.values() for column in names]
+        self.numeric = [name for name, spec in specs.items() if spec["type"] == "numeric"]
+        self.fields = [
+            name for name, spec in specs.items() if spec["type"] not in ("meta", "numeric") and name not in columns
+        ]
+        if not self.fields and not self.numeric:
+            raise ValueError(f"data set {feature_map.dataset_id!r} has no field beside its sequences and meta columns")
+        self.embedding = FeatureEmbeddingDict(
+            _embedding_view(feature_map, columns),
+            dim,
+            embedding_initializer=embedding_initializer,
+            not_required_feature_columns=self.numeric,
+        )
+        self.dense = nn.Linear(len(self.numeric), dim) if self.numeric else None
+        widths = {name: _embedded_width(specs[name], dim) for name in self.fields + columns}
+        self.resize = nn.ModuleDict(
+            {name: nn.Linear(width, dim, bias=False) for name, width in widths.items() if width != dim}
+        )
+        self.num_columns = len(columns)
+        self.max_len = max((specs[column]["max_len"] for column in columns), default=0)
+
+    @property
+    def num_fields(self) -> int:
+        """Number of field tokens N: the dense token, if any, and one per other field."""
+        return len(self.fields) + (self.dense is not None)
+
+    @property
+    def field_names(self) -> list[str]:
+        """Names of the field tokens in their order."""
+        return (["dense"] if self.dense is not None else []) + self.fields
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Embeds the inputs.
+
+        Args:
+            inputs: Column -> ids or values, ``(B,)``, ``(B, T)`` or ``(B, values)``.
+
+        Returns:
+            Field tokens ``(B, N, D)``; events of each behaviour ``(B, T, columns * D)``, right-aligned, zeros where
+            padded; their masks ``(B, T)``.
+        """
+        aligned, masks = self._align(inputs)
+        embedded = self.embedding({name: aligned.get(name, inputs[name]) for name in self.embedding.embedding_layers})
+        embedded.update((name, resize(embedded[name])) for name, resize in self.resize.items())
+        events = {
+            behavior: torch.cat([embedded[column] for column in columns], dim=-1) * masks[behavior].unsqueeze(-1)
+            for behavior, columns in self.behaviors.items()
+        }
+        tokens = [embedded[name] for name in self.fields]
+        if self.dense is not None:
+            values = torch.stack([inputs[name].flatten() for name in self.numeric], dim=1)  # (B, numeric fields)
+            tokens.insert(0, self.dense(values.to(self.dense.weight.dtype)))
+        return torch.stack(tokens, dim=1), events, masks
+
+    def pool(self, events: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
+        """Averages every sequence column over its real events: one token per column, ``(B, columns, D)``."""
+        means = [masked_mean(events[behavior], masks[behavior]) for behavior in self.behaviors]
+        return torch.cat(means, dim=-1).unflatten(-1, (-1, self.output_dim))
+
+    def _align(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        aligned, masks = {}, {}
+        for behavior, columns in self.behaviors.items():
+            ids = [inputs[column].long() for column in columns]
+            real = torch.stack([column != 0 for column in ids]).any(dim=0)  # (B, T)
+            aligned.update((column, right_align(values, real)) for column, values in zip(columns, ids))
+            masks[behavior] = right_align(real.long(), real).bool()
+        return aligned, masks
+
+
+def _check_behaviors(feature_map: FeatureMap, behaviors: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:
+    sequences = {name: spec for name, spec in feature_map.features.items() if spec["type"] == "sequence"}
+    if behaviors is None:
+        return {name: [name] for name in sequences}
+    seen: dict[str, str] = {}
+    for behavior, columns in behaviors.items():
+        if not columns:
+            raise ValueError(f"behavior {behavior!r} names no columns")
+        for column in columns:
+            if column not in sequences:
+                raise ValueError(
+                    f"behavior {behavior!r} names {column!r}, which is not a sequence of data set "
+                    f"{feature_map.dataset_id!r}; its sequences are: {', '.join(sequences) or 'none'}"
+                )
+            if column in seen:
+                raise ValueError(f"column {column!r} is named by behaviors {seen[column]!r} and {behavior!r}")
+            seen[column] = behavior
+        lengths = {column: sequences[column]["max_len"] for column in columns}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"behavior {behavior!r} aligns columns of different max_len: {lengths}; give them one max_len"
+            )
+    return {behavior: list(columns) for behavior, columns in behaviors.items()}
+
+
+def _embedding_view(feature_map: FeatureMap, event_columns: Sequence[str]) -> FeatureMap:
+    """Copies the feature map for the embedding tables: event columns stay unpooled, other sequences are pooled.
+
+    Columns that share another one's table come last: FuxiCTR only shares with a table that exists already, and leaves
+    one that it could not share at torch's N(0, 1).
+    """
+    features = {}
+    for name, spec in feature_map.features.items():
+        spec = dict(spec)
+        if name in event_columns:
+            spec.pop("feature_encoder", None)
+        elif spec["type"] == "sequence":
+            spec.setdefault("feature_encoder", MEAN_POOLING)
+        features[name] = spec
+    view = copy.copy(feature_map)
+    view.features = OrderedDict(sorted(features.items(), key=lambda item: "share_embedding" in item[1]))
+    return view
+
+
+def _embedded_width(spec: Mapping, dim: int) -> int:
+    return spec.get("emb_output_dim") or spec.get("embedding_dim") or dim

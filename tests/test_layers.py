@@ -1,0 +1,315 @@
+"""Every layer against a plain loop in float64, and the invariances that its users rely on."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from flowctr import layers
+from flowctr.layers.gating import GATING_KINDS
+from toy import BEHAVIORS, VOCABULARY, toy_batch, toy_feature_map
+
+B, T, N, D, H = 4, 6, 3, 8, 2
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(7)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def random_mask():
+    mask = torch.rand(B, T) < 0.6
+    mask[0] = False
+    mask[1] = True
+    return mask
+
+
+def linear(module, vector):
+    """A Linear layer written out."""
+    bias = module.bias if module.bias is not None else torch.zeros(module.out_features)
+    return torch.stack([sum(w * v for w, v in zip(row, vector)) + b for row, b in zip(module.weight, bias)])
+
+
+def mlp(sequential, vector):
+    for module in sequential:
+        vector = linear(module, vector) if isinstance(module, nn.Linear) else module(vector)
+    return vector
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=5, max_size=5), min_size=1, max_size=6))
+@settings(max_examples=50, deadline=None)
+def test_right_align_keeps_the_real_events_in_order(rows):
+    ids = torch.tensor(rows)
+    aligned = layers.right_align(ids, ids != 0).tolist()
+    for row, out in zip(rows, aligned):
+        real = [value for value in row if value]
+        assert out == [0] * (5 - len(real)) + real
+
+
+def test_masked_mean_of_real_steps_and_zeros_for_none():
+    x, mask = torch.randn(B, T, D), random_mask()
+    out = layers.masked_mean(x, mask)
+    for row in range(B):
+        real = [x[row, t] for t in range(T) if mask[row, t]]
+        expected = sum(real) / len(real) if real else torch.zeros(D)
+        torch.testing.assert_close(out[row], expected)
+
+
+def rotated(vector, position):
+    half = len(vector) // 2
+    out = vector.clone()
+    for i in range(half):
+        angle = torch.tensor(position * 10000.0 ** (-i / half), dtype=torch.float32)
+        cos, sin = angle.cos().double(), angle.sin().double()
+        out[i] = vector[i] * cos - vector[i + half] * sin
+        out[i + half] = vector[i] * sin + vector[i + half] * cos
+    return out
+
+
+def test_rotate_turns_channel_pairs():
+    x, positions = torch.randn(B, H, T, D), torch.randint(0, 9, (B, T))
+    out = layers.rotate(x, positions)
+    for row in range(B):
+        for step in range(T):
+            expected = rotated(x[row, 1, step], positions[row, step].item())
+            torch.testing.assert_close(out[row, 1, step], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rotary_products_depend_on_the_distance_only():
+    q, k = torch.randn(1, 1, 1, D), torch.randn(1, 1, 1, D)
+
+    def product(i, j):
+        return (layers.rotate(q, torch.tensor([[i]])) * layers.rotate(k, torch.tensor([[j]]))).sum().item()
+
+    assert product(3, 1) == pytest.approx(product(53, 51), abs=1e-5)
+    assert product(3, 1) != pytest.approx(product(3, 2), abs=1e-3)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_attention_equals_a_loop(rotary):
+    attention = layers.MultiHeadAttention(D, H)
+    queries, tokens, mask = torch.randn(B, N, D), torch.randn(B, T, D), random_mask()
+    positions = (torch.arange(N).expand(B, N), torch.randint(0, 9, (B, T))) if rotary else (None, None)
+    out, weights = attention(queries, tokens, mask, *positions), attention.weights(queries, tokens, mask, *positions)
+    width = D // H
+    for row in range(B):
+        keys = [t for t in range(T) if mask[row, t]]
+        for n in range(N):
+            heads = []
+            for h in range(H):
+                cut = slice(h * width, (h + 1) * width)
+                q = linear(attention.query, queries[row, n])[cut]
+                ks = {t: linear(attention.key, tokens[row, t])[cut] for t in keys}
+                if rotary:
+                    q = rotated(q, positions[0][row, n].item())
+                    ks = {t: rotated(k, positions[1][row, t].item()) for t, k in ks.items()}
+                scores = {t: math.exp((q @ k).item() / math.sqrt(width)) for t, k in ks.items()}
+                total = sum(scores.values())
+                for t in range(T):
+                    assert weights[row, h, n, t].item() == pytest.approx(scores.get(t, 0.0) / (total or 1), abs=1e-6)
+                values = [scores[t] / total * linear(attention.value, tokens[row, t])[cut] for t in keys]
+                heads.append(sum(values) if keys else torch.zeros(width))
+            expected = linear(attention.out, torch.cat(heads)) if keys else torch.zeros(D)
+            torch.testing.assert_close(out[row, n], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_attention_ignores_what_padded_tokens_hold():
+    attention, mask = layers.MultiHeadAttention(D, H), random_mask()
+    queries, tokens = torch.randn(B, N, D), torch.randn(B, T, D)
+    noise = torch.randn(B, T, D) * ~mask.unsqueeze(-1)
+    torch.testing.assert_close(attention(queries, tokens, mask), attention(queries, tokens + noise, mask))
+
+
+def test_pooling_reads_with_its_own_queries():
+    pooling, tokens, mask = layers.AttentionPooling(2, D, H), torch.randn(B, T, D), random_mask()
+    expected = pooling.attention(torch.stack([pooling.queries] * B), tokens, mask)
+    torch.testing.assert_close(pooling(tokens, mask), expected)
+
+
+def test_record_attention_sees_each_module_and_leaves_none_behind():
+    model = nn.ModuleDict({"pool": layers.AttentionPooling(2, D, H)})
+    tokens, mask = torch.randn(B, T, D), random_mask()
+    with layers.record_attention(model) as recorded:
+        model["pool"](tokens, mask)
+    queries = model["pool"].queries.expand(B, -1, -1)
+    expected = model["pool"].attention.weights(queries, tokens, mask).mean(dim=1)
+    assert list(recorded) == ["pool.attention"]
+    torch.testing.assert_close(recorded["pool.attention"], expected)
+    recorded.clear()
+    model["pool"](tokens, mask)
+    assert recorded == {}
+
+
+@pytest.mark.parametrize("kind", GATING_KINDS)
+def test_gating_equals_its_formula(kind):
+    gating, y = layers.Gating(D, kind), torch.randn(B, N, D)
+    out = gating(y)
+    forms = {
+        "self": lambda v, m: v / (1 + (-m).exp()),
+        "identity": lambda v, m: v * m,
+        "tanh": lambda v, m: (v * m).tanh(),
+        "sigmoid": lambda v, m: 1 / (1 + (-v * m).exp()),
+    }
+    for row in range(B):
+        for n in range(N):
+            torch.testing.assert_close(out[row, n], forms[kind](y[row, n], mlp(gating.mlp, y[row, n])))
+
+
+def test_lce_mixes_tokens_not_channels():
+    lce, x = layers.LinearCompressedEmbedding(N, 5), torch.randn(B, N, D)
+    out = lce(x)
+    for m in range(5):
+        torch.testing.assert_close(out[:, m], sum(lce.mix.weight[m, n] * x[:, n] for n in range(N)))
+
+
+def test_masknet_equals_its_formula_and_starts_open():
+    masknet, x = layers.MaskNet(D, 4), torch.randn(B, T, D)
+    expected = linear(masknet.lce, x[2, 3] * mlp(masknet.mask, x[2, 3]))
+    torch.testing.assert_close(masknet(x)[2, 3], expected)
+    assert torch.equal(masknet.mask[-1].bias, torch.ones(D))
+
+
+@pytest.mark.parametrize("kind", ["literal", "hyper"])
+def test_pffn_applies_one_map_per_sample(kind):
+    pffn, x_sum, s = layers.PersonalizedFFN(N, D, kind), torch.randn(B, N, D), torch.randn(B, T, D)
+    out = pffn(x_sum, s)
+    for row in range(B):
+        if kind == "literal":
+            w = sum(torch.outer(x_sum[row, n], pffn.weight[n]) for n in range(N))
+        else:
+            w = mlp(pffn.hyper, x_sum[row].flatten()).reshape(D, D)
+        for t in range(T):
+            torch.testing.assert_close(out[row, t], w @ s[row, t])
+
+
+def test_dot_cross_and_dhen_equal_their_formulas():
+    z = torch.randn(B, N, D)
+    pairs = [(i, j) for i in range(N) for j in range(i + 1, N)]
+    dots = torch.stack([(z[:, i] * z[:, j]).sum(-1) for i, j in pairs], dim=1)
+    torch.testing.assert_close(layers.pairwise_dots(z), dots)
+
+    dhen = layers.DHENLayer(N, D, cross_rank=2)
+    for row in range(B):
+        dot = linear(dhen.dot.to_tokens, dots[row]).reshape(N, D)
+        flat = z[row].flatten()
+        cross = (flat * linear(dhen.dcn.up, linear(dhen.dcn.down, flat))).reshape(N, D)
+        ensemble = dot + cross + z[row]
+        centred = ensemble - ensemble.mean(dim=-1, keepdim=True)
+        expected = centred / (centred.pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(dhen(z)[row], expected)
+
+
+def test_dhen_with_silent_modules_is_the_norm_of_its_input():
+    dhen, z = layers.DHENLayer(N, D, cross_rank=2), torch.randn(B, N, D)
+    for parameter in [*dhen.dot.parameters(), *dhen.dcn.parameters()]:
+        nn.init.zeros_(parameter)
+    torch.testing.assert_close(dhen(z), dhen.norm(z))
+
+
+def test_heads_are_separate_and_one_label_is_also_y_pred():
+    x = torch.randn(B, D)
+    two = layers.TaskHeads(D, ["a", "b"], [5], [nn.Sigmoid(), nn.Identity()])
+    out = two(x)
+    assert set(out) == {"a_pred", "b_pred"}
+    for index, (label, activation) in enumerate([("a", torch.sigmoid), ("b", lambda v: v)]):
+        torch.testing.assert_close(out[f"{label}_pred"][1], activation(mlp(two.towers[index].mlp, x[1])))
+    one = layers.TaskHeads(D, ["a"], [5], [nn.Sigmoid()])(x)
+    assert torch.equal(one["y_pred"], one["a_pred"])
+
+
+def embedded(tokens, name, index):
+    return tokens.embedding.embedding_layers[name].weight[index]
+
+
+def test_tokens_are_what_the_tables_hold():
+    feature_map = toy_feature_map()
+    tokens = layers.FeatureTokens(feature_map, D, BEHAVIORS, "partial(nn.init.normal_, std=0.5)")
+    batch = toy_batch(feature_map)
+    fields, events, masks = tokens(batch)
+    assert tokens.field_names == ["dense", "item", "author", "user"]
+    for row in range(len(fields)):
+        values = torch.stack([batch["age"][row], batch["hour"][row]]).double()
+        expected = [linear(tokens.dense, values)]
+        expected += [embedded(tokens, name, batch[name][row]) for name in ("item", "author", "user")]
+        torch.testing.assert_close(fields[row], torch.stack(expected))
+        for behavior, columns in BEHAVIORS.items():
+            real = [t for t in range(8) if batch[columns[0]][row, t] != 0]
+            steps = [torch.cat([embedded(tokens, c, batch[c][row, t]) for c in columns]) for t in real]
+            assert masks[behavior][row].tolist() == [False] * (8 - len(real)) + [True] * len(real)
+            if steps:
+                torch.testing.assert_close(events[behavior][row, 8 - len(real) :], torch.stack(steps))
+            assert events[behavior][row, : 8 - len(real)].abs().sum() == 0
+    pooled = tokens.pool(events, masks)
+    torch.testing.assert_close(
+        pooled, torch.cat([layers.masked_mean(events[b], masks[b]).unflatten(1, (-1, D)) for b in BEHAVIORS], dim=1)
+    )
+
+
+def test_shared_tables_are_shared_whatever_the_order_of_the_feature_map():
+    feature_map = toy_feature_map()
+    feature_map.features = type(feature_map.features)(reversed(feature_map.features.items()))
+    tables = layers.FeatureTokens(feature_map, D, BEHAVIORS).embedding.embedding_layers
+    assert tables["watch_item"] is tables["item"] and tables["like_item"] is tables["item"]
+    assert tables["item"].weight.std().item() == pytest.approx(1e-4, rel=0.3)
+
+
+def test_columns_outside_the_behaviors_are_pooled_and_widths_resized():
+    feature_map = toy_feature_map()
+    feature_map.features["user"]["embedding_dim"] = 3
+    tokens = layers.FeatureTokens(feature_map, D, {"watch": ["watch_item", "watch_author"]})
+    batch = toy_batch(feature_map)
+    fields, events, _ = tokens(batch)
+    assert list(events) == ["watch"] and tokens.field_names[-1] == "like_item"
+    liked = batch["like_item"][5]
+    mean = tokens.embedding.embedding_layers["like_item"].weight[liked[liked != 0]].mean(dim=0)
+    torch.testing.assert_close(fields[5, -1], mean)
+    user = embedded(tokens, "user", batch["user"][5])
+    torch.testing.assert_close(fields[5, 3], linear(tokens.resize["user"], user))
+
+
+@pytest.mark.parametrize(
+    ("behaviors", "message"),
+    [
+        ({"watch": ["watched"]}, "'watched', which is not a sequence"),
+        ({"watch": ["user"]}, "'user', which is not a sequence"),
+        ({"a": ["like_item"], "b": ["like_item"]}, "named by behaviors 'a' and 'b'"),
+        ({"watch": []}, "names no columns"),
+        ({"watch": ["watch_item", "like_item"]}, "different max_len: {'watch_item': 8, 'like_item': 9}"),
+    ],
+)
+def test_wrong_behaviors_are_named(behaviors, message):
+    feature_map = toy_feature_map()
+    feature_map.features["like_item"]["max_len"] = 9
+    with pytest.raises(ValueError, match="behavior") as error:
+        layers.FeatureTokens(feature_map, D, behaviors)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: layers.MultiHeadAttention(64, 3), "num_heads must divide dim; got num_heads=3, dim=64"),
+        (lambda: layers.Gating(D, "relu"), "gating must be one of self, identity, tanh, sigmoid; got 'relu'"),
+        (lambda: layers.PersonalizedFFN(N, D, "mlp"), "pffn must be one of literal, hyper; got 'mlp'"),
+        (lambda: layers.DotInteraction(1, 1, D), "at least two tokens; got num_inputs=1"),
+        (lambda: layers.check_positive(num_layers=0), "num_layers must be a whole number of at least 1; got 0"),
+    ],
+)
+def test_wrong_options_are_named(build, message):
+    with pytest.raises(ValueError) as error:
+        build()
+    assert message in str(error.value)
+
+
+def test_the_vocabulary_of_the_toy_data_is_covered():
+    """Guards the other tests: ids reach the last row of the tables and row 0 (padding) stays zero."""
+    feature_map = toy_feature_map()
+    tokens = layers.FeatureTokens(feature_map, D, BEHAVIORS)
+    assert toy_batch(feature_map, rows=400)["item"].max() == VOCABULARY - 1
+    assert tokens.embedding.embedding_layers["item"].weight[0].abs().sum() == 0
