@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
+from flowctr import layers
+from flowctr.layers.gating import GATING_KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-
-from flowctr import layers
-from flowctr.layers.gating import GATING_KINDS
 from toy import BEHAVIORS, VOCABULARY, toy_batch, toy_feature_map
 
 B, T, N, D, H = 4, 6, 3, 8, 2

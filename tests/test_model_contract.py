@@ -1,0 +1,114 @@
+"""What every model folder must keep: found by looking, so that a new folder is tested from its first day."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fuxictr.pytorch.models import MultiTaskModel
+from toy import BEHAVIORS, MODEL_ARGUMENTS, WIDE_INITIALIZER, toy_batch, toy_feature_map
+
+ZOO = Path(__file__).parent.parent / "model_zoo"
+MODELS = sorted(folder.parent.name for folder in ZOO.glob("*/src"))
+LABELS = {"one label": ("click",), "three labels": ("click", "like", "long_view")}
+
+
+def test_the_zoo_is_found():
+    assert {"DHEN", "DOT", "InterFormer"} <= set(MODELS)
+    assert not (ZOO / "__init__.py").exists(), "fuxictr's wheel owns the package name model_zoo"
+
+
+@pytest.fixture(params=MODELS)
+def name(request):
+    return request.param
+
+
+def build(name, labels=("click",), **options):
+    """Builds a model with the architecture of its ``<Model>_test`` experiment on the toy data."""
+    model_class = getattr(importlib.import_module(f"flowctr.models.{name}"), name)
+    config = yaml.safe_load((ZOO / name / "config" / "model_config.yaml").read_text())
+    arguments = {**config["Base"], **config[f"{name}_test"]}
+    accepted = inspect.signature(model_class.__init__).parameters
+    arguments = {key: value for key, value in arguments.items() if key in accepted}
+    torch.manual_seed(5)
+    given = {"behaviors": BEHAVIORS, "embedding_initializer": WIDE_INITIALIZER, **MODEL_ARGUMENTS, **options}
+    return model_class(toy_feature_map(labels), **{**arguments, **given})
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_predictions_are_probabilities_per_label(name, labels):
+    model, batch = build(name, labels).eval(), toy_batch(toy_feature_map(labels))
+    assert isinstance(model, MultiTaskModel)
+    predictions = model(batch)
+    for label in labels:
+        prediction = predictions[f"{label}_pred"]
+        assert prediction.shape == (12, 1)
+        assert ((prediction > 0) & (prediction < 1)).all()
+        assert prediction.std() > 0
+    assert ("y_pred" in predictions) == (len(labels) == 1)
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_the_loss_reaches_every_parameter(name, labels):
+    model, batch = build(name, labels), toy_batch(toy_feature_map(labels), rows=64)
+    model.compute_loss(model(batch), model.get_labels(batch)).backward()
+    unreached = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert unreached == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_padding_does_not_matter(name):
+    model = build(name).eval()
+    reference = model(toy_batch(toy_feature_map(), padding="post"))["y_pred"]
+    for max_len, padding in ((8, "pre"), (30, "post"), (30, "pre")):
+        other = model(toy_batch(toy_feature_map(max_len=max_len), padding=padding))["y_pred"]
+        torch.testing.assert_close(other, reference, atol=1e-5, rtol=0)
+
+
+def test_the_order_of_columns_in_a_batch_does_not_matter(name):
+    model, batch = build(name).eval(), toy_batch(toy_feature_map())
+    torch.testing.assert_close(model(dict(reversed(batch.items())))["y_pred"], model(batch)["y_pred"])
+
+
+def test_narrow_ids_are_enough(name):
+    model, batch = build(name).eval(), toy_batch(toy_feature_map())
+    narrow = {key: values.int() if values.dtype == torch.long else values for key, values in batch.items()}
+    torch.testing.assert_close(model(narrow)["y_pred"], model(batch)["y_pred"])
+
+
+def test_data_without_behaviors_given(name):
+    """Every sequence column is then a behaviour of its own."""
+    model = build(name, behaviors=None).eval()
+    assert list(model.tokens.behaviors) == ["watch_item", "watch_author", "like_item"]
+    assert torch.isfinite(model(toy_batch(toy_feature_map()))["y_pred"]).all()
+
+
+def test_saved_and_loaded_weights_predict_the_same(name, tmp_path):
+    model, batch = build(name).eval(), toy_batch(toy_feature_map())
+    model.save_weights(tmp_path / "model")
+    other = build(name, embedding_initializer="partial(nn.init.normal_, std=0.9)").eval()
+    assert not torch.allclose(other(batch)["y_pred"], model(batch)["y_pred"])
+    other.load_weights(tmp_path / "model")
+    assert torch.equal(other(batch)["y_pred"], model(batch)["y_pred"])
+
+
+def test_custom_initialisation_survives_a_reset(name):
+    """FuxiCTR re-initialises every Linear after the constructor; what a layer wants otherwise is in init_weights."""
+    model = build(name)
+    before = {key: (value.mean(), value.std(correction=0)) for key, value in model.state_dict().items()}
+    model.reset_parameters()
+    for key, value in model.state_dict().items():
+        mean, std = before[key]
+        assert value.std(correction=0).item() == pytest.approx(std.item(), rel=0.5, abs=0.05), key
+        assert value.mean().item() == pytest.approx(mean.item(), abs=0.3), key
+
+
+def test_twenty_steps_overfit_a_batch(name):
+    labels = ("click", "like")
+    model, batch = build(name, labels, learning_rate=0.02), toy_batch(toy_feature_map(labels), rows=32)
+    model._max_gradient_norm = 10.0
+    model.train()
+    losses = [model.train_step(batch).item() for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
