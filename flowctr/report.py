@@ -1,0 +1,359 @@
+"""Result files as tables: one for the terminal, and one self-contained HTML report with plots and provenance."""
+
+import datetime
+import io
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from rich.table import Table
+from rich.text import Text
+
+FORMAT = 1
+REQUIRED = ("expid", "model", "dataset_id", "seed", "labels", "metrics")
+SPLITS = ("valid", "test")
+METRICS = {"AUC": max, "gAUC": max, "logloss": min, "NE": min}  # name -> what picks the best of several runs
+MEAN = "mean"
+DASH = "–"
+
+# Okabe-Ito colours as (on white, on dark): 3:1 against their background, and apart from each other in every common
+# colour blindness. Runs beyond the fifth repeat the colours with the next dash pattern (in points).
+RUN_COLORS = (
+    ("#0072b2", "#56b4e9"),
+    ("#d55e00", "#e69f00"),
+    ("#009e73", "#009e73"),
+    ("#cc79a7", "#cc79a7"),
+    ("#000000", "#f0e442"),
+)
+RUN_DASHES = ((), (5, 2), (1, 1), (5, 2, 1, 2))
+# Matplotlib draws with these stand-ins; `_svg` turns them into the page's CSS colours, which know light and dark.
+INK, LINE = "#fe0000", "#fe0001"
+RUN_INKS = tuple(f"#fe01{i:02x}" for i in range(len(RUN_COLORS)))
+CSS_COLORS = {INK: "var(--ink)", LINE: "var(--line)"} | {ink: f"var(--run-{i})" for i, ink in enumerate(RUN_INKS)}
+STYLE = {
+    "axes.edgecolor": LINE,
+    "axes.facecolor": "none",
+    "axes.formatter.useoffset": False,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 8,
+    "grid.color": LINE,
+    "grid.linewidth": 0.5,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",  # text stays text: small, sharp, in the page's font
+    "svg.hashsalt": "flowctr",  # equal results give an equal page
+    "text.color": INK,
+    "text.parse_math": False,  # a "$" in a column name is a "$"
+    "xtick.color": LINE,
+    "xtick.labelcolor": INK,
+    "ytick.color": LINE,
+    "ytick.labelcolor": INK,
+}
+MAX_CURVE_POINTS = 200
+MAX_MARKERS = 30
+MAX_TICKS = 24
+MAX_TICK_LETTERS = 20
+MAX_SHARP_CELLS = 256  # per side of a heatmap; a larger one is drawn at screen resolution to bound the page's size
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the page: its result and the file it came from; ``number`` (from 1) ties table, curves and notes."""
+
+    number: int
+    path: Path
+    result: dict
+
+    @property
+    def attention(self) -> Path | None:
+        name = self.result.get("attention")
+        return None if name is None else self.path.parent / name
+
+    @property
+    def color(self) -> int:
+        return (self.number - 1) % len(RUN_COLORS)
+
+    @property
+    def dashes(self) -> tuple[float, ...]:
+        return RUN_DASHES[(self.number - 1) // len(RUN_COLORS) % len(RUN_DASHES)]
+
+
+def metrics_table(result: dict) -> Table:
+    """Lays out one run's metrics for the terminal.
+
+    Args:
+        result: A run's result, as its JSON file holds it.
+
+    Returns:
+        One row per split and label (and one for their mean, if there are several) with AUC, gAUC, logloss and NE.
+    """
+    title = f"{result['expid']} on {result['dataset_id']}, seed {result['seed']}"
+    table = Table(title=Text(title), caption=Text(f"NE base: {_shown(result.get('ne_base'))}"))
+    table.add_column("split")
+    table.add_column("label", overflow="fold")
+    for metric in METRICS:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for split in SPLITS:
+        for label in _targets([result]):
+            values = (_metric(result, split, label, metric) for metric in METRICS)
+            table.add_row(split, Text(label), *(_shown(value, ".6f") for value in values))
+        table.add_section()
+    return table
+
+
+def write_report(result_files: Sequence[Path], out: Path) -> Path:
+    """Writes one HTML page that compares runs and tells how each came about; it needs no other file and no network.
+
+    Args:
+        result_files: The runs' result JSONs; an attention file that one names is read from beside it.
+        out: Folder of the page, created if needed; an ``index.html`` in it is replaced.
+
+    Returns:
+        Path of the page, ``out/index.html``.
+
+    Raises:
+        ValueError: If there is no result file, or one of them is not a result of the known format.
+    """
+    if not result_files:
+        raise ValueError("no result files to report on; name at least one results/*.json of a finished run")
+    runs = [Run(number, Path(path), _read(Path(path))) for number, path in enumerate(result_files, start=1)]
+    by_dataset: dict[str, list[Run]] = {}
+    for run in runs:
+        by_dataset.setdefault(run.result["dataset_id"], []).append(run)
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = _shown
+    with matplotlib.rc_context(STYLE):
+        page = environment.get_template("report.html.jinja").render(
+            models=_unique(run.result["model"] for run in runs),
+            datasets=[_dataset_section(dataset_id, members) for dataset_id, members in by_dataset.items()],
+            runs=[_run_section(run) for run in runs],
+            metrics=METRICS,
+            run_colors=RUN_COLORS,
+        )
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".index.html.{os.getpid()}"
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(out / "index.html")
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out / "index.html"
+
+
+def _read(path: Path) -> dict:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a result file: no JSON in it ({error})") from error
+    if not isinstance(result, dict) or "format" not in result:
+        raise ValueError(f"{path} is not a result file: it has no `format`; expected format {FORMAT}")
+    if result["format"] != FORMAT:
+        raise ValueError(f"{path} has result format {result['format']!r}; this version of flowctr reads {FORMAT}")
+    missing = [key for key in REQUIRED if key not in result]
+    if missing:
+        raise ValueError(f"{path} is not a complete result file of format {FORMAT}: it lacks {', '.join(missing)}")
+    return result
+
+
+def _dataset_section(dataset_id: str, runs: list[Run]) -> dict:
+    """Collects what the page says about one data set: the comparison of its runs, and their curves."""
+    results = [run.result for run in runs]
+    targets = _targets(results)
+    columns = [
+        _best_marked([_metric(result, split, target, metric) for result in results], pick_best)
+        for split in SPLITS
+        for target in targets
+        for metric, pick_best in METRICS.items()
+    ]
+    return {
+        "id": dataset_id,
+        "runs": runs,
+        "splits": SPLITS,
+        "targets": targets,
+        "rows": list(zip(runs, zip(*columns))),
+        "ne_bases": _unique(_shown(result.get("ne_base")) for result in results),
+        "curves": _curves(runs),
+    }
+
+
+def _run_section(run: Run) -> dict:
+    """Collects how one run came about."""
+    result = run.result
+    sections = ("fuxictr", "parameters", "speed", "peak_memory_bytes", "data", "versions", "config")
+    fuxictr, parameters, speed, memory, data, versions, config = (result.get(name) or {} for name in sections)
+    wall_seconds = result.get("wall_seconds")
+    attention = run.attention
+    facts = {
+        "command": result.get("command"),
+        "seed": result["seed"],
+        "data set": result["dataset_id"],
+        **{f"data {name}": value for name, value in data.items()},
+        "started": result.get("started"),
+        "commit": result.get("commit"),
+        "fuxictr version": fuxictr.get("version"),
+        "fuxictr sha256": fuxictr.get("sha256"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
+        "device": result.get("device"),
+        "parameters, total": _shown(parameters.get("total"), ","),
+        "parameters, non-embedding": _shown(parameters.get("non_embedding"), ","),
+        "rows/s, training": _shown(speed.get("train_rows_per_second"), ",.0f"),
+        "rows/s, evaluation": _shown(speed.get("evaluate_rows_per_second"), ",.0f"),
+        "wall time": None if wall_seconds is None else datetime.timedelta(seconds=round(wall_seconds)),
+        "peak memory, host": _gibibytes(memory.get("host")),
+        "peak memory, device": _gibibytes(memory.get("device")),
+        "NE base": result.get("ne_base"),
+        "result file": run.path.name,
+        "attention maps": None if attention is None else attention.name + " (not found)" * (not attention.is_file()),
+    }
+    return {
+        "run": run,
+        "facts": {name: _shown(value) for name, value in facts.items()},
+        "config": {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in config.items()},
+        "heatmaps": _heatmaps(run),
+    }
+
+
+def _targets(results: Iterable[dict]) -> list[str]:
+    """Returns what metrics are given for: every label, and the mean where a run has several."""
+    results = list(results)
+    labels = _unique(label for result in results for label in result["labels"])
+    return labels + [MEAN] * any(len(result["labels"]) > 1 for result in results)
+
+
+def _metric_name(result: dict, target: str, metric: str) -> str | None:
+    """Names a metric as FuxiCTR does: ``<label>_AUC`` of several labels, plain ``AUC`` of one label and of the mean."""
+    if len(result["labels"]) > 1:
+        return metric if target == MEAN else f"{target}_{metric}"
+    return metric if target in result["labels"] else None
+
+
+def _metric(result: dict, split: str, target: str, metric: str) -> float | None:
+    return (result["metrics"].get(split) or {}).get(_metric_name(result, target, metric))
+
+
+def _best_marked(
+    values: list[float | None], pick_best: Callable[[Iterable[float]], float]
+) -> list[tuple[float | None, bool]]:
+    """Pairs each value with whether it is the best of those there are; none is where there is nothing to compare."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    best = pick_best(known) if len(known) > 1 else math.nan
+    return [(value, value == best) for value in values]
+
+
+def _unique(values: Iterable) -> list:
+    return list(dict.fromkeys(values))
+
+
+def _shown(value, spec: str = "") -> str:
+    return DASH if value is None else format(value, spec) if spec else str(value)
+
+
+def _gibibytes(count: int | None) -> str | None:
+    return None if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def _curves(runs: list[Run]) -> list[Markup]:
+    """Draws one panel for the training loss and one per validation metric, the runs overlaid."""
+    panels = [_curve_panel("training loss", [(run, _curve(run, "train", "loss")) for run in runs])]
+    for target in _targets(run.result for run in runs):
+        for metric in METRICS:
+            lines = [(run, _curve(run, "valid", _metric_name(run.result, target, metric))) for run in runs]
+            panels.append(_curve_panel(f"validation {metric}, {target}", lines))
+    return [panel for panel in panels if panel is not None]
+
+
+def _curve(run: Run, split: str, name: str | None) -> np.ndarray:
+    """Returns the (step, value) pairs of one curve, averaged over neighbours down to ``MAX_CURVE_POINTS``."""
+    points = (run.result.get("curves") or {}).get(split) or []
+    curve = np.array([(point["step"], point[name]) for point in points if point.get(name) is not None]).reshape(-1, 2)
+    if len(curve) <= MAX_CURVE_POINTS:
+        return curve
+    return np.array([part.mean(axis=0) for part in np.array_split(curve, MAX_CURVE_POINTS)])
+
+
+def _curve_panel(title: str, curves: list[tuple[Run, np.ndarray]]) -> Markup | None:
+    """Draws curves over each other; None where there is nothing to draw."""
+    if not any(len(curve) for _, curve in curves):
+        return None
+    figure = Figure(figsize=(3.5, 2.3), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel=title)
+    axes.grid(visible=True)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for run, curve in curves:
+        marker = "o" if len(curve) <= MAX_MARKERS else None  # without one, a curve of a single point is invisible
+        axes.plot(*curve.T, color=RUN_INKS[run.color], linestyle=(0, run.dashes), marker=marker, markersize=3)
+    axes.set_xlim(left=0)
+    return _svg(figure, f"{title} against step")
+
+
+def _heatmaps(run: Run) -> list[tuple[str, Markup]]:
+    """Draws the run's attention maps, by name; none where their file was not kept beside the result."""
+    if run.attention is None or not run.attention.is_file():
+        return []
+    try:
+        with np.load(run.attention) as arrays:
+            maps = {
+                key: (arrays[key], arrays[f"{key}__rows"].tolist(), arrays[f"{key}__cols"].tolist())
+                for key in arrays.files
+                if not key.endswith(("__rows", "__cols"))
+            }
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{run.attention} is not a file of attention maps: {error}") from error
+    return [(key, _heatmap(key, *values)) for key, values in maps.items()]
+
+
+def _heatmap(name: str, weights: np.ndarray, row_names: list[str], column_names: list[str]) -> Markup:
+    rows, columns = weights.shape
+    height = 1.4 + 0.16 * min(rows, MAX_TICKS)
+    figure = Figure(figsize=(4.2, height), layout="constrained")
+    axes = figure.add_subplot(xlabel="key", ylabel="query")
+    axes.spines[:].set_visible(False)
+    sharp = max(rows, columns) <= MAX_SHARP_CELLS
+    image = axes.imshow(weights, aspect="auto", vmin=0, cmap="viridis", interpolation="none" if sharp else "auto")
+    axes.set_xticks(*_ticks(column_names), rotation=90, rotation_mode="anchor", ha="right", va="center")
+    axes.set_yticks(*_ticks(row_names))
+    colorbar = figure.colorbar(image, label="attention weight", pad=0.02, aspect=15)
+    colorbar.outline.set_visible(False)
+    return _svg(figure, f"heatmap of {name}: {rows} queries by {columns} keys")
+
+
+def _ticks(names: list[str]) -> tuple[list[int], list[str]]:
+    """Picks evenly spaced positions, few enough to read, and shortens their names."""
+    positions = list(range(0, len(names), math.ceil(len(names) / MAX_TICKS)))
+    return positions, [_shortened(str(names[i])) for i in positions]
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= MAX_TICK_LETTERS else name[: MAX_TICK_LETTERS - 1] + "…"
+
+
+def _svg(figure: Figure, description: str) -> Markup:
+    """Renders a figure as inline SVG in the page's colours."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg ") :].replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+    for stand_in, css in CSS_COLORS.items():
+        svg = svg.replace(f": {stand_in}", f": {css}")
+    return Markup(re.sub(r' id="[^"]+_\d+"', "", svg))  # nothing refers to these, and they repeat in every figure
