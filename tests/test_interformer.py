@@ -149,7 +149,7 @@ def loop_reference(model, batch, row):
 
     def sequence_summary(layer, s):
         sequence = model.sequence_summaries[layer]
-        pooled = [attend(sequence.pma.attention, query, s) for query in sequence.pma.queries]
+        pooled = [attend(sequence.pma.attention, query, s) for query in sequence.pma.queries.tokens]
         recent = ([torch.zeros(8)] * 2 + s[3:])[-2:]
         return [gate(sequence.gate, token) for token in s[:3] + pooled + recent]
 

@@ -127,7 +127,7 @@ def test_attention_ignores_what_padded_tokens_hold():
 
 def test_pooling_reads_with_its_own_queries():
     pooling, tokens, mask = layers.AttentionPooling(2, D, H), torch.randn(B, T, D), random_mask()
-    expected = pooling.attention(torch.stack([pooling.queries] * B), tokens, mask)
+    expected = pooling.attention(torch.stack([pooling.queries.tokens] * B), tokens, mask)
     torch.testing.assert_close(pooling(tokens, mask), expected)
 
 
@@ -136,7 +136,7 @@ def test_record_attention_sees_each_module_and_leaves_none_behind():
     tokens, mask = torch.randn(B, T, D), random_mask()
     with layers.record_attention(model) as recorded:
         model["pool"](tokens, mask)
-    queries = model["pool"].queries.expand(B, -1, -1)
+    queries = model["pool"].queries(B)
     expected = model["pool"].attention.weights(queries, tokens, mask).mean(dim=1)
     assert list(recorded) == ["pool.attention"]
     torch.testing.assert_close(recorded["pool.attention"], expected)

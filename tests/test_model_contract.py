@@ -107,7 +107,7 @@ def test_custom_initialisation_survives_a_reset(name):
 
 def test_twenty_steps_overfit_a_batch(name):
     labels = ("click", "like")
-    model, batch = build(name, labels, learning_rate=0.02), toy_batch(toy_feature_map(labels), rows=32)
+    model, batch = build(name, labels, learning_rate=0.01), toy_batch(toy_feature_map(labels), rows=32)
     model._max_gradient_norm = 10.0
     model.train()
     losses = [model.train_step(batch).item() for _ in range(20)]

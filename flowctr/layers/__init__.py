@@ -15,6 +15,7 @@ from flowctr.layers.gating import Gating
 from flowctr.layers.heads import TaskHeads
 from flowctr.layers.interaction import CrossInteraction, DotInteraction, pairwise_dots
 from flowctr.layers.lce import LinearCompressedEmbedding
+from flowctr.layers.learned import LearnedTokens
 from flowctr.layers.masknet import MaskNet
 from flowctr.layers.masks import masked_mean, right_align
 from flowctr.layers.options import check_options, check_positive
@@ -29,6 +30,7 @@ __all__ = [
     "DotInteraction",
     "FeatureTokens",
     "Gating",
+    "LearnedTokens",
     "LinearCompressedEmbedding",
     "MaskNet",
     "MultiHeadAttention",

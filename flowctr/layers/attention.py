@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from flowctr.layers.learned import LearnedTokens
 from flowctr.layers.rope import rotate
 from torch import Tensor, nn
 
@@ -16,26 +17,37 @@ class MultiHeadAttention(nn.Module):
         dim: Token width D.
         num_heads: Heads H; must divide ``dim``.
         dropout: Dropout on the attention weights while training.
+        project_queries: Whether queries pass a projection of this module; False when they come projected.
+        project_output: Whether the heads' output passes a projection.
 
     Raises:
         ValueError: If ``num_heads`` does not divide ``dim``.
     """
 
-    def __init__(self, dim: int, num_heads: int = 1, dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        dropout: float = 0.0,
+        project_queries: bool = True,
+        project_output: bool = True,
+    ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim; got num_heads={num_heads}, dim={dim}")
         self.num_heads = num_heads
         self.dropout = dropout
-        self.query, self.value, self.out = (nn.Linear(dim, dim) for _ in range(3))
+        self.query = nn.Linear(dim, dim) if project_queries else nn.Identity()
         self.key = nn.Linear(dim, dim, bias=False)  # softmax cancels a bias shared by all keys
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim) if project_output else nn.Identity()
         self.output_dim = dim
 
     def forward(
         self,
         queries: Tensor,
         tokens: Tensor,
-        mask: Tensor,
+        mask: Tensor | None = None,
         query_positions: Tensor | None = None,
         token_positions: Tensor | None = None,
     ) -> Tensor:
@@ -44,7 +56,7 @@ class MultiHeadAttention(nn.Module):
         Args:
             queries: ``(B, N, D)``.
             tokens: Keys and values, ``(B, T, D)``.
-            mask: Real tokens, ``(B, T)``.
+            mask: Real tokens, ``(B, T)``; none: all are real.
             query_positions: Rotary positions of the queries, ``(B, N)``; none: no rotation.
             token_positions: Rotary positions of the tokens, ``(B, T)``; none: no rotation.
 
@@ -53,23 +65,25 @@ class MultiHeadAttention(nn.Module):
         """
         q, k = self._queries_and_keys(queries, tokens, query_positions, token_positions)
         v = self._split(self.value(tokens))
-        heads = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=_allowed(mask), dropout_p=self.dropout if self.training else 0.0
-        )
-        merged = heads.transpose(1, 2).flatten(2)  # (B, N, D)
-        return self.out(merged) * mask.any(dim=1)[:, None, None]
+        allowed = None if mask is None else _allowed(mask)
+        dropout = self.dropout if self.training else 0.0
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+        out = self.out(heads.transpose(1, 2).flatten(2))  # (B, N, D)
+        return out if mask is None else out * mask.any(dim=1)[:, None, None]
 
     def weights(
         self,
         queries: Tensor,
         tokens: Tensor,
-        mask: Tensor,
+        mask: Tensor | None = None,
         query_positions: Tensor | None = None,
         token_positions: Tensor | None = None,
     ) -> Tensor:
         """Computes the attention weights that ``forward`` uses for the same arguments, ``(B, H, N, T)``."""
         q, k = self._queries_and_keys(queries, tokens, query_positions, token_positions)
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if mask is None:
+            return scores.softmax(dim=-1)
         return scores.masked_fill(~_allowed(mask), -torch.inf).softmax(dim=-1) * mask.any(dim=1)[:, None, None, None]
 
     def _queries_and_keys(self, queries, tokens, query_positions, token_positions) -> tuple[Tensor, Tensor]:
@@ -103,19 +117,14 @@ class AttentionPooling(nn.Module):
 
     def __init__(self, num_queries: int, dim: int, num_heads: int = 1, dropout: float = 0.0):
         super().__init__()
-        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        self.queries = LearnedTokens(num_queries, dim)
         self.attention = MultiHeadAttention(dim, num_heads, dropout)
+        self.num_tokens = num_queries
         self.output_dim = dim
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Draws the queries (xavier normal)."""
-        nn.init.xavier_normal_(self.queries)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Pools ``(B, T, D)`` under the mask ``(B, T)`` into ``(B, N, D)``."""
-        queries = self.queries.expand(tokens.shape[0], -1, -1)
-        return self.attention(queries, tokens, mask)
+        return self.attention(self.queries(len(tokens)), tokens, mask)
 
 
 @contextmanager

@@ -45,15 +45,19 @@ class TaskHeads(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Predicts every task from ``(B, input_dim)``.
+        """Predicts every task.
+
+        Args:
+            x: One representation for all tasks, ``(B, input_dim)``, or one for each, ``(B, K, input_dim)``.
 
         Returns:
             ``{"<label>_pred": (B, 1)}`` for every label; with a single label the same tensor is also ``"y_pred"``, so
             that single-task code of FuxiCTR finds it.
         """
+        inputs = x.unbind(dim=1) if x.dim() == 3 else [x] * len(self.labels)
         predictions = {
-            f"{label}_pred": activation(tower(x))
-            for label, tower, activation in zip(self.labels, self.towers, self.activations)
+            f"{label}_pred": activation(tower(task_input))
+            for label, tower, activation, task_input in zip(self.labels, self.towers, self.activations, inputs)
         }
         if len(self.labels) == 1:
             predictions["y_pred"] = predictions[f"{self.labels[0]}_pred"]

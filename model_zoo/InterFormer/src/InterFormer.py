@@ -20,6 +20,7 @@ from flowctr.layers import (
     DotInteraction,
     FeatureTokens,
     Gating,
+    LearnedTokens,
     LinearCompressedEmbedding,
     MaskNet,
     MultiHeadAttention,
@@ -150,7 +151,7 @@ class InterFormer(MultiTaskModel):
             x_sum_read = [False] * num_layers
         else:
             self.masknet = MaskNet(self.tokens.num_columns * dim, dim)
-            self.cls = None if sequence_reads_fields else LearnedCLS(num_cls, dim)
+            self.cls = None if sequence_reads_fields else LearnedTokens(num_cls, dim)
             self.sequence_archs = nn.ModuleList(
                 SequenceArch(dim, ffn(), MultiHeadAttention(dim, num_heads, attention_dropout) if use_mha else None)
                 for _ in range(num_layers)
@@ -267,7 +268,7 @@ class SelectiveSummary(nn.Module):
     def __init__(self, num_cls, pma, num_recent, gate):
         super().__init__()
         self.num_cls, self.pma, self.num_recent, self.gate = num_cls, pma, num_recent, gate
-        self.num_tokens = num_cls + (pma.queries.shape[0] if pma else 0) + num_recent
+        self.num_tokens = num_cls + (pma.num_tokens if pma else 0) + num_recent
 
     def forward(self, s, mask):
         """Summarises ``(B, C + T, D)`` under its mask as ``(B, M, D)``; the last steps are the most recent events."""
@@ -312,23 +313,6 @@ class Unread(nn.Module):
     def forward(self, *_):
         """Returns None."""
         return None
-
-
-class LearnedCLS(nn.Module):
-    """CLS tokens that know nothing of the fields, for the flows in which the sequence must not read them."""
-
-    def __init__(self, num_cls, dim):
-        super().__init__()
-        self.tokens = nn.Parameter(torch.empty(num_cls, dim))
-        self.init_weights()
-
-    def init_weights(self):
-        """Draws the tokens (xavier normal)."""
-        nn.init.xavier_normal_(self.tokens)
-
-    def forward(self, batch_size):
-        """Repeats the tokens: ``(B, C, D)``."""
-        return self.tokens.expand(batch_size, -1, -1)
 
 
 class InteractionArch(nn.Module):

@@ -1,0 +1,27 @@
+"""Tokens that are parameters: CLS, task and hub tokens that know nothing of the row."""
+
+import torch
+from torch import Tensor, nn
+
+
+class LearnedTokens(nn.Module):
+    """Learned tokens, the same for every row.
+
+    Args:
+        num_tokens: Tokens N.
+        dim: Token width D.
+    """
+
+    def __init__(self, num_tokens: int, dim: int):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(num_tokens, dim))
+        self.output_dim = dim
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws the tokens (xavier normal)."""
+        nn.init.xavier_normal_(self.tokens)
+
+    def forward(self, batch_size: int) -> Tensor:
+        """Repeats the tokens, ``(B, N, D)``."""
+        return self.tokens.expand(batch_size, -1, -1)

@@ -1,0 +1,3 @@
+from .INFNet import INFNet
+
+__all__ = ["INFNet"]
