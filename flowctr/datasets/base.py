@@ -1,0 +1,84 @@
+"""What every data set module shares: the registry's entry, finding raw files, writing tables whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+UNKNOWN = "unknown"  # the token of what is missing: an empty one would be read as padding
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One public split that `flowctr prepare` can make.
+
+    Attributes:
+        id: The name of the split and of its data_configs/<id>.yaml.
+        description: One sentence: what it is and how it is split.
+        download: Where the raw files can be had.
+        licence: What its owner allows.
+        files: The raw files' published names.
+        function: Writes the tables of the split; called with the folder of the raw files and the output folder.
+    """
+
+    id: str
+    description: str
+    download: str
+    licence: str
+    files: tuple[str, ...]
+    function: Callable[[Path, Path], list[Path]]
+
+
+def find_raw(raw: Path, name: str, download: str, also: str | None = None) -> Path:
+    """Returns the path of one raw file.
+
+    Args:
+        raw: The folder that holds the raw files.
+        name: The file's published name, e.g. "user_features_pure.csv".
+        download: Where the file can be had, for the error message.
+        also: Another suffix under which the same table is accepted, e.g. ".parquet".
+
+    Raises:
+        FileNotFoundError: If the folder has no such file.
+    """
+    candidates = [raw / name]
+    if also and not name.endswith(also):
+        candidates.append((raw / name).with_suffix(also))
+    for path in candidates:
+        if path.is_file():
+            return path
+    names = " or ".join(path.name for path in candidates)
+    raise FileNotFoundError(f"no {names} in {raw}; download it from {download}")
+
+
+@contextmanager
+def written_together(paths: list[Path]) -> Iterator[list[Path]]:
+    """Yields one temporary path for each path and renames them all once the block has succeeded."""
+    temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
+    with ExitStack() as cleanup:
+        for path in temporary:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cleanup.callback(path.unlink, missing_ok=True)
+        yield temporary
+        for source, target in zip(temporary, paths, strict=True):
+            os.replace(source, target)
+
+
+def joined(tokens: pl.Series, start: np.ndarray, end: np.ndarray) -> pl.Series:
+    """Returns "^".join(tokens[start[i]:end[i]]) for each i, as slices of the one text of all tokens.
+
+    Args:
+        tokens: Strings, (E,).
+        start: First token of each history, (B,).
+        end: One past the last token of each history, (B,); equal to `start` for an empty one.
+    """
+    position = np.concatenate(([0], np.cumsum(tokens.str.len_bytes().to_numpy().astype(np.int64) + 1)))
+    length = np.maximum(position[end] - 1 - position[start], 0)  # without the separator after the last token
+    text = pl.lit(tokens.str.join("^").item().encode())
+    return pl.select(text.bin.slice(pl.Series(position[start]), pl.Series(length)).cast(pl.String)).to_series()

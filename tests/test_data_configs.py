@@ -1,0 +1,136 @@
+"""Every data_configs/*.yaml describes the tables that `flowctr prepare` makes."""
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+from flowctr.datasets import DATASETS, bars_x1, prepare
+from fuxictr.preprocess.feature_processor import FeatureProcessor
+from raw_files import PURE_DAYS, WINDOW_DAYS, kuairand_log, write_amazon, write_pure, write_window
+
+FILES = sorted((Path(__file__).parent.parent / "data_configs").glob("*.yaml"))
+REQUIRED = {"data_root", "data_format", "train_data", "valid_data", "test_data", "min_categr_count", "group_id"}
+REQUIRED |= {"feature_cols", "label_col", "behaviors"}
+X1_COLUMNS = {
+    "amazonelectronics_x1": "label,user_id,item_id,cate_id,item_history,cate_history",
+    "taobaoad_x1": "clk,btag_his,cate_his,brand_his,userid,cms_segid,cms_group_id,final_gender_code,age_level,"
+    "pvalue_level,shopping_level,occupation,new_user_class_level,adgroup_id,cate_id,campaign_id,customer,brand,price,"
+    "pid,btag",
+    "kuaivideo_x1": "timestamp,user_id,item_id,is_click,is_like,is_follow,pos_items,neg_items",
+    "microvideo1.7m_x1": "user_id,item_id,cate_id,is_click,timestamp,clicked_items,clicked_categories",
+}
+LABELS = {"clk", "label", "is_click", "is_like", "is_follow"}
+HISTORIES = "history his pos_items neg_items clicked_items clicked_categories".split()
+
+
+def load(path: Path) -> dict:
+    (dataset_id, config), *others = yaml.safe_load(path.read_text()).items()
+    assert dataset_id == path.stem and not others
+    return config
+
+
+def columns(config: dict) -> dict[str, dict]:
+    """Returns every feature column by its name, in the file's order."""
+    names = [(col["name"] if isinstance(col["name"], list) else [col["name"]], col) for col in config["feature_cols"]]
+    return {name: col for group, col in names for name in group}
+
+
+def x1_rows(header: str) -> str:
+    """Writes 40 rows: an id, or a history of two ids, from five values."""
+    rows = [header]
+    for i in range(40):
+        row = [
+            f"{i % 2}" if name in LABELS else f"{i % 5}^{i % 4}" if name.endswith(tuple(HISTORIES)) else f"{i % 5}"
+            for name in header.split(",")
+        ]
+        rows.append(",".join(row))
+    return "\n".join(rows) + "\n"
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """Prepares a data set from small raw files into the folder that its YAML names."""
+
+    def make(dataset_id: str) -> Path:
+        raw, out = tmp_path / "raw", tmp_path / "data" / "prepared" / dataset_id
+        if dataset_id.startswith("kuairand_pure_window"):
+            write_window(raw, kuairand_log(0, WINDOW_DAYS))
+        elif dataset_id == "kuairand_pure":
+            write_pure(raw, kuairand_log(0, PURE_DAYS))
+        elif dataset_id.startswith("amazon_sports"):
+            write_amazon(raw)
+        else:
+            raw.mkdir()
+            for name in DATASETS[dataset_id].files:
+                (raw / name).write_text(x1_rows(X1_COLUMNS[dataset_id]))
+            official = DATASETS[dataset_id].function.keywords["files"]
+            digests = iter(digest for digest in official.values() if digest)
+            monkeypatch.setattr(bars_x1, "md5", lambda path: next(digests))
+        prepare(dataset_id, raw, out)
+        return tmp_path
+
+    return make
+
+
+def test_every_known_data_set_has_a_config_and_the_other_way_round():
+    assert {path.stem for path in FILES} == set(DATASETS) != set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_is_whole_and_says_where_it_comes_from(path):
+    config, text = load(path), path.read_text()
+    assert set(config) == REQUIRED
+    header = text[: text.index(f"\n{path.stem}:")]
+    for word in ("# Source: ", "# Protocol: ", "# Rows: ", f"# Prepare: flowctr prepare {path.stem} --raw "):
+        assert word in header
+    assert config["data_root"] == "data/built"
+    for split in ("train_data", "valid_data", "test_data"):
+        assert config[split].startswith(f"data/prepared/{path.stem}/")
+    assert (config["valid_data"] == config["test_data"]) == path.stem.endswith(("_x1", "_din"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_features_fit_together(path):
+    config = load(path)
+    features = columns(config)
+    order = list(features)
+    sequences = {name for name, col in features.items() if col["type"] == "sequence"}
+    for name, col in features.items():
+        if "share_embedding" in col:  # FuxiCTR merges into a vocabulary that exists already
+            assert order.index(col["share_embedding"]) < order.index(name)
+            assert features[col["share_embedding"]]["type"] == "categorical"
+    assert {column for group in config["behaviors"].values() for column in group} == sequences
+    for group in config["behaviors"].values():
+        assert len({(features[column]["max_len"], features[column]["padding"]) for column in group}) == 1
+    for name in sequences:  # one token per event: nothing pools over the steps
+        assert features[name].get("feature_encoder", "pooling") in (None, "nn.Linear(64, 64, bias=False)")
+    assert features[config["group_id"]]["type"] == "meta"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_fuxictr_encodes_the_prepared_tables_by_it(path, prepared, monkeypatch):
+    """Runs FuxiCTR's own preprocessing and vocabularies (without pretrained vectors) on small prepared tables."""
+    config = load(path)
+    monkeypatch.chdir(prepared(path.stem))
+    for col in config["feature_cols"]:
+        if "pretrained_emb" in col:
+            assert Path(col.pop("pretrained_emb")).is_file()
+    processor = FeatureProcessor(dataset_id=path.stem, **config)
+    tables = {
+        split: processor.preprocess(processor.read_data(config[f"{split}_data"], config["data_format"])).collect()
+        for split in ("train", "valid", "test")
+    }
+    processor.fit(tables["train"].lazy(), min_categr_count=1)
+    labels = processor.feature_map.labels
+    assert all(set(table[label].unique()) <= {0, 1} for table in tables.values() for label in labels)
+    encoded = processor.transform({name: tables["test"][name].to_list() for name in tables["test"].columns})
+    features = columns(config)
+    for group in config["behaviors"].values():
+        steps = [encoded[column] != 0 for column in group]
+        assert steps[0].any() and all((step == steps[0]).all() for step in steps)  # aligned, real event by real event
+        assert all(step.shape == (tables["test"].height, features[group[0]]["max_len"]) for step in steps)
+    source = features[config["group_id"]].get("preprocess", config["group_id"]).removeprefix("copy_from(").rstrip(")")
+    raw = pl.scan_parquet if config["data_format"] == "parquet" else pl.scan_csv
+    expected = raw(config["test_data"]).select(pl.col(source).cast(pl.Int64)).collect().to_series()
+    assert encoded[config["group_id"]].tolist() == expected.to_list()
