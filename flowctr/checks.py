@@ -1,0 +1,222 @@
+"""What may stand in a configuration: a check for each key, whose complaints `flowctr.config` collects.
+
+FuxiCTR evaluates some of these strings as Python. They have to be one of the few forms that are meant; they are parsed,
+never executed.
+"""
+
+import ast
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flowctr  # noqa: F401  before fuxictr, so that it needs no ray
+import fuxictr.pytorch.layers
+import torch
+from torch import nn
+
+Check = Callable[[Any], str | None]
+"""Takes a value and returns what it must be, None if it is that."""
+
+
+def is_number(value: Any) -> bool:
+    """Says whether a value is an int or a float; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> bool:
+    """Says whether a value is an int; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_subclass(value: Any, parent: type) -> bool:
+    """Says whether a value is a class derived from ``parent``."""
+    return inspect.isclass(value) and issubclass(value, parent)
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """Returns the name that looks most like the given one."""
+    by_lower_case = {known.lower(): known for known in sorted(names)}
+    return by_lower_case[difflib.get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0)[0]]
+
+
+def complaints(values: Mapping[str, Any], checks: Mapping[str, Check], where: str = "") -> list[str]:
+    """Returns one sentence for every value that its check refuses."""
+    checked = {key: (value, checks[key](value)) for key, value in values.items() if key in checks}
+    return [f"{where}{key!r} must be {rule}; got {value!r}" for key, (value, rule) in checked.items() if rule]
+
+
+def like(default: Any) -> Check:
+    """Returns the check that a constructor's default implies; None implies nothing."""
+    if isinstance(default, bool):
+        return _boolean
+    if is_integer(default) and default > 1:
+        return _require(is_integer, f"an integer, like its default {default}")
+    if is_number(default):  # an int of 0 or 1 as well: FuxiCTR writes dropout=0 and temperature=1
+        return _require(is_number, f"a number, like its default {default}")
+    if isinstance(default, str):
+        return _require(
+            lambda value: not isinstance(value, (bool, int, float)), f"a text, like its default {default!r}"
+        )
+    if isinstance(default, (list, tuple)):
+        types = (list, str, type(None)) if any(isinstance(item, str) for item in default) else (list, type(None))
+        return _require(lambda value: isinstance(value, types), f"a list, like its default {list(default)}")
+    return lambda value: None
+
+
+def _require(is_valid: Callable[[Any], bool], rule: str) -> Check:
+    return lambda value: None if is_valid(value) else rule
+
+
+def _one_of(*choices: Any) -> Check:
+    names = ", ".join("null" if choice is None else str(choice) for choice in choices)
+    return _require(lambda value: value in choices, f"one of {names}")
+
+
+def _named(kind: str, names: set[str]) -> Check:
+    def check(value: Any) -> str | None:
+        if isinstance(value, str) and value in names:
+            return None
+        return f"{kind}, the nearest is {nearest(value, names)!r}"
+
+    return check
+
+
+def _or_null(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def _each(check: Check) -> Check:
+    """Checks a value by itself, a list item by item."""
+    return lambda value: next(filter(None, map(check, value)), None) if isinstance(value, list) else check(value)
+
+
+_positive_integer = _require(lambda value: is_integer(value) and value > 0, "an integer above 0")
+_natural_number = _require(lambda value: is_integer(value) and value >= 0, "an integer of at least 0")
+_positive_number = _require(lambda value: is_number(value) and value > 0, "a number above 0")
+_boolean = _require(lambda value: isinstance(value, bool), "true or false")
+_text = _require(lambda value: isinstance(value, str) and value != "", "a text")
+
+
+def _subclasses(module: Any, parent: type) -> set[str]:
+    return {name for name in dir(module) if is_subclass(getattr(module, name), parent)}
+
+
+def _losses() -> set[str]:
+    functions = inspect.getmembers(nn.functional, inspect.isfunction)
+    return {name for name, fn in functions if {"target", "reduction"} <= set(inspect.signature(fn).parameters)}
+
+
+_NUMBER = r"(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+_REGULARIZER = re.compile(rf"l[12]\({_NUMBER}\)|l1_l2\({_NUMBER},\s*{_NUMBER}\)")
+_ACTIVATIONS = {"relu", "sigmoid", "tanh", "softmax", "prelu", "PReLU", "dice", "Dice"} | _subclasses(nn, nn.Module)
+
+
+def _is_regularizer(value: Any) -> bool:
+    return value is None or (is_number(value) and value >= 0) or bool(_REGULARIZER.fullmatch(str(value)))
+
+
+def _is_initializer(value: Any) -> bool:
+    """``nn.init.<name>_`` or ``partial(nn.init.<name>_, key=literal, ...)`` with keys that it has."""
+    try:
+        function, arguments = ast.parse(value, mode="eval").body, {}
+        if isinstance(function, ast.Call) and ast.unparse(function.func) == "partial":
+            arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in function.keywords}
+            (function,) = function.args
+        name = re.fullmatch(r"(?:torch\.)?nn\.init\.([a-z]\w*_)", ast.unparse(function))[1]
+        inspect.signature(getattr(nn.init, name)).bind_partial(**arguments)
+    except (SyntaxError, TypeError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def _is_feature_encoder(value: Any) -> bool:
+    """``layers.<Name>(literals)`` or ``nn.<Name>(literals)`` with arguments that it takes."""
+    if value in (None, "null", "None", "none"):
+        return True
+    try:
+        call = ast.parse(value, mode="eval").body
+        module, name = re.fullmatch(r"(layers|nn)\.(\w+)", ast.unparse(call.func)).groups()
+        layer = getattr(fuxictr.pytorch.layers if module == "layers" else nn, name)
+        arguments = [ast.literal_eval(argument) for argument in call.args]
+        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        inspect.signature(layer).bind(*arguments, **keywords)
+    except (SyntaxError, TypeError, ValueError, AttributeError):
+        return False
+    return is_subclass(layer, nn.Module)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_behaviors(value: Any) -> bool:
+    return isinstance(value, dict) and all(columns and _is_texts(columns) for columns in value.values())
+
+
+_feature_encoder = _require(
+    _is_feature_encoder, "layers.<Name>(...) or nn.<Name>(...) with plain arguments that it takes"
+)
+
+KEY_CHECKS: dict[str, Check] = {
+    "seed": _natural_number,
+    "verbose": _natural_number,
+    "model_root": _text,
+    "batch_size": _positive_integer,
+    "epochs": _positive_integer,
+    "eval_steps": _or_null(_positive_integer),
+    "early_stop_patience": _positive_integer,
+    "monitor_mode": _one_of("max", "min"),
+    "max_gradient_norm": _positive_number,
+    "learning_rate": _positive_number,
+    "embedding_dim": _positive_integer,
+    "optimizer": _named("an optimizer of torch.optim", {"adam"} | _subclasses(torch.optim, torch.optim.Optimizer)),
+    "loss": _each(_named("a loss of torch.nn.functional", {"bce", "binary_crossentropy"} | _losses())),
+    "task": _each(_one_of("binary_classification", "regression")),
+    "data_format": _one_of("csv", "parquet", "h5"),
+    "sep": _text,
+    "data_root": _text,
+    "train_data": _text,
+    "valid_data": _or_null(_text),
+    "test_data": _or_null(_text),
+    "group_id": _or_null(_text),
+    "use_features": _or_null(_require(_is_texts, "a list of features")),
+    "min_categr_count": _positive_integer,
+    "data_block_size": _natural_number,
+    "h5_compression": _one_of(None, "gzip", "lzf"),
+    "behaviors": _or_null(_require(_is_behaviors, "a mapping of each behaviour to the list of its columns")),
+}
+"""By key of an experiment or data set."""
+
+NAME_PART_CHECKS: dict[str, Check] = {
+    "regularizer": _require(_is_regularizer, "a number of at least 0, l1(x), l2(x) or l1_l2(x, y)"),
+    "initializer": _require(_is_initializer, "nn.init.<name>_ or partial(nn.init.<name>_, key=value, ...)"),
+    "activation": _each(_or_null(_named("an activation of torch.nn", _ACTIVATIONS))),
+}
+"""By a part of the key: models name their own."""
+
+COLUMN_CHECKS: dict[str, Check] = {
+    "type": _one_of("categorical", "numeric", "sequence", "meta", "embedding"),
+    "dtype": _one_of("str", "int", "float"),
+    "padding": _one_of("pre", "post"),
+    "normalizer": _one_of("StandardScaler", "MinMaxScaler"),
+    "pretrain_usage": _one_of("init", "sum", "concat"),
+    "min_categr_count": _positive_integer,
+    "max_len": _natural_number,
+    "vocab_size": _positive_integer,
+    "embedding_dim": _positive_integer,
+    "emb_output_dim": _positive_integer,
+    "pretrain_dim": _positive_integer,
+    "active": _boolean,
+    "remap": _boolean,
+    "freeze_emb": _boolean,
+    "pretrained_emb": _text,
+    "splitter": _text,
+    "feature_encoder": _each(_feature_encoder),
+    "preprocess": _require(lambda value: bool(re.fullmatch(r"copy_from\(\w+\)", str(value))), "copy_from(<column>)"),
+}
+"""By key of a column in feature_cols or feature_specs."""
+
+LABEL_CHECKS: dict[str, Check] = {**COLUMN_CHECKS, "dtype": _one_of("int", "float")}
+"""By key of a column in label_col."""

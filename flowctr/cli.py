@@ -1,0 +1,192 @@
+"""The command line: ``flowctr prepare | build | run | report``, and the ``run_expid.py`` of every model folder.
+
+The commands import what they need when they run, so that ``--help`` does not wait for torch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperCommand
+
+WRONG_INPUT, FAILED_RUN = 2, 1
+
+app = typer.Typer(
+    help="Information-flow CTR models on FuxiCTR: prepare data, build h5 data sets, run experiments, compare them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Gpu = Annotated[int, typer.Option(help="GPU index, -1 for the CPU.")]
+Seed = Annotated[int | None, typer.Option(help="Seed instead of the configured one.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the configuration; a.b=1 reaches into a mapping."),
+]
+Config = Annotated[
+    Path | None, typer.Option(help="Config folder, from here or from the model's folder.", show_default="config")
+]
+Debug = Annotated[bool, typer.Option("--debug", envvar="FLOWCTR_DEBUG", help="Show the traceback of an error.")]
+
+
+class _PrepareCommand(TyperCommand):
+    """Lists the known data sets below the help, which is built only when it is asked for."""
+
+    def format_help(self, ctx, formatter) -> None:
+        from flowctr.datasets import DATASETS
+
+        lines = [
+            f"{dataset.id}: {dataset.description} Files: {', '.join(dataset.files)}. From: {dataset.download}"
+            for dataset in DATASETS.values()
+        ]
+        self.epilog = "\n\n".join(["Known data sets:", *lines])
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_PrepareCommand)
+def prepare(
+    dataset_id: Annotated[str, typer.Argument(help="Data set id, one of those below.")],
+    raw: Annotated[Path, typer.Option(help="Folder with the raw files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the train, valid and test tables.")],
+    debug: Debug = False,
+) -> None:
+    """Make the train, valid and test tables of a public data set from its raw files."""
+    with _errors(debug):
+        import flowctr.datasets
+
+        for path in flowctr.datasets.prepare(dataset_id, raw, out):
+            print(path)
+
+
+@app.command()
+def build(
+    dataset: Annotated[str, typer.Option(help="Data set id.")],
+    config: Annotated[Path | None, typer.Option(help="Config folder; else data_configs/ is searched.")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build again even if nothing has changed.")] = False,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Build the h5 data set of a configuration, or find it built."""
+    with _errors(debug):
+        from flowctr.config import load_dataset
+        from flowctr.data import build_h5
+
+        for split, path in build_h5(load_dataset(dataset, config, overrides or ()), rebuild=rebuild).items():
+            print(f"{split}: {path}")
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="Model, a folder of model_zoo.")],
+    expid: Annotated[str, typer.Option(help="Experiment id.")],
+    config: Config = None,
+    gpu: Gpu = -1,
+    seed: Seed = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Run an experiment: train, evaluate, write the result."""
+    with _errors(debug):
+        from flowctr.config import REPOSITORY, model_class
+
+        model_class(model)
+        folder = REPOSITORY / "model_zoo" / model
+        _run(None, folder if folder.is_dir() else None, config, expid, gpu, seed, overrides)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="Result files of the runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("report"),
+    debug: Debug = False,
+) -> None:
+    """Write an HTML page with the results, learning curves and attention maps of some runs."""
+    with _errors(debug):
+        from flowctr.report import write_report
+
+        print(write_report(results, out))
+
+
+def run_expid(src: ModuleType, file: str) -> None:
+    """Is the command line of a model folder's ``run_expid.py``.
+
+    Args:
+        src: The model's module.
+        file: ``__file__`` of the script; its folder is the model's.
+    """
+    folder = Path(file).resolve().parent
+
+    def command(
+        config: Config = None,
+        expid: Annotated[str, typer.Option(help="Experiment id.")] = f"{folder.name}_test",
+        gpu: Gpu = -1,
+        seed: Seed = None,
+        overrides: Overrides = None,
+        debug: Debug = False,
+    ) -> None:
+        with _errors(debug):
+            _run(src, folder, config, expid, gpu, seed, overrides)
+
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.command(help=f"Run an experiment of {folder.name}: train, evaluate, write the result.")(command)
+    script()
+
+
+def main() -> None:
+    """Is the ``flowctr`` command."""
+    app()
+
+
+def _run(
+    src: ModuleType | None,
+    folder: Path | None,
+    config: Path | None,
+    expid: str,
+    gpu: int,
+    seed: int | None,
+    overrides: Sequence[str] | None,
+) -> None:
+    from flowctr import experiment
+
+    overrides = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
+    experiment.run(_config_dir(config, folder), expid, src, folder, gpu, overrides)
+
+
+def _config_dir(config: Path | None, folder: Path | None) -> Path:
+    """Finds the config folder from the working directory, else from the model's folder."""
+    places = [folder / (config or "config")] if folder else []
+    if config or not folder:
+        places.insert(0, config or Path("config"))
+    for place in places:
+        if place.is_dir():
+            return place
+    raise FileNotFoundError(f"there is no config folder {' or '.join(map(str, places))}; name it with --config")
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Ends the program with one message and an exit code for what a user can mend; bugs keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if debug or not _is_expected(error):
+            raise
+        console = Console(stderr=True, soft_wrap=True)
+        console.print(Text(f"error: {error or type(error).__name__}", style="bold red"))
+        console.print("(--debug shows where it comes from)", style="dim")
+        raise typer.Exit(WRONG_INPUT if isinstance(error, (ValueError, FileNotFoundError)) else FAILED_RUN) from error
+
+
+def _is_expected(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError):
+        return True
+    import torch
+    from flowctr.training import TrainingError
+
+    return isinstance(error, (TrainingError, torch.OutOfMemoryError))

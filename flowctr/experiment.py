@@ -1,0 +1,234 @@
+"""One run, top to bottom: configuration, data, model, training, evaluation, result."""
+
+import json
+import logging
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import flowctr
+import numpy as np
+import torch
+from filelock import FileLock
+from flowctr import config
+from flowctr._fuxictr import fuxictr_origin
+from flowctr.data import H5DataLoader, build_h5, load_feature_map
+from flowctr.report import metrics_table
+from flowctr.training import accelerate
+from fuxictr.features import FeatureMap
+from fuxictr.pytorch.models import BaseModel
+from fuxictr.pytorch.torch_utils import seed_everything
+from fuxictr.utils import print_to_json, print_to_list, set_logger
+from rich.console import Console
+from torch import nn
+
+RESULT_FORMAT = 1
+PACKAGES = ("torch", "numpy", "pandas", "polars", "scipy", "scikit-learn", "pyyaml", "h5py", "tqdm")
+
+
+def run(
+    config_dir: str | Path,
+    expid: str,
+    src: ModuleType | None = None,
+    model_dir: str | Path | None = None,
+    gpu: int = -1,
+    overrides: Iterable[str] = (),
+) -> Path:
+    """Runs one experiment and writes its result.
+
+    Args:
+        config_dir: Config folder, see `flowctr.config.load`.
+        expid: Experiment id.
+        src: Module with the model class; ``flowctr.models.<model>`` by default.
+        model_dir: Folder of what the run writes: checkpoint and log under ``model_root``, one line in
+            ``<config folder's name>.csv``, ``results/``. The folder that contains ``config_dir`` by default.
+        gpu: GPU index, -1 for the CPU.
+        overrides: ``key=value`` each, see `flowctr.config.load`.
+
+    Returns:
+        Path of the result JSON.
+
+    Raises:
+        ValueError: If the configuration or the data are wrong.
+        TrainingError: If the loss, a prediction or the monitored metric is not a number.
+    """
+    started, clock = datetime.now(), time.perf_counter()
+    config_dir = Path(config_dir).resolve()
+    model_dir = Path(model_dir or config_dir.parent).resolve()
+    params = config.load(config_dir, expid, overrides, src)
+    params.update(gpu=gpu, model_root=str(model_dir / params["model_root"]))
+    set_logger(params)
+    logging.info("Params: %s", print_to_json(params))
+    _check_gpu(gpu)
+    seed_everything(params["seed"])
+
+    files = build_h5(params)
+    feature_map = load_feature_map(params)
+    params.setdefault("num_tasks", len(feature_map.labels))
+    train_data = H5DataLoader(feature_map, files["train"], split="train", **params)
+    valid_data = H5DataLoader(feature_map, files["valid"], split="valid", **params) if files["valid"] else None
+    model = accelerate(config.model_class(params["model"], src))(feature_map, **params)
+    logging.info("Parameters: %s", _count_parameters(model))
+    model.fit(train_data, validation_data=valid_data, **params)
+
+    del train_data
+    metrics = {}
+    if valid_data:  # what the best evaluation measured is not measured again
+        metrics["valid"] = {name: value for name, value in model.restored.items() if name not in ("step", "epoch")}
+    if files["test"] and files["test"] == files["valid"]:
+        metrics["test"] = metrics["valid"]
+    elif files["test"]:
+        logging.info("******** Test evaluation ********")
+        metrics["test"] = model.evaluate(H5DataLoader(feature_map, files["test"], split="test", **params))
+
+    name = f"{expid}-s{params['seed']}-{started:%Y%m%d-%H%M%S}"
+    result = {
+        "format": RESULT_FORMAT,
+        "expid": expid,
+        "model": params["model"],
+        "dataset_id": params["dataset_id"],
+        "seed": params["seed"],
+        "started": started.astimezone().isoformat(timespec="seconds"),
+        "command": _command(),
+        "config": params,
+        "labels": feature_map.labels,
+        "metrics": metrics,
+        "ne_base": "train",
+        "curves": model.history,
+        "parameters": _count_parameters(model),
+        "speed": {f"{work}_rows_per_second": rate for work, rate in model.rows_per_second().items()},
+        "wall_seconds": time.perf_counter() - clock,
+        "peak_memory_bytes": _peak_memory(model.device),
+        "data": {"manifest": _manifest_digest(feature_map)},
+        "attention": _save_attention(model, valid_data, model_dir / "results" / f"{name}.npz"),
+        **_environment(model.device),
+    }
+    path = model_dir / "results" / f"{name}.json"
+    _write(path, lambda file: file.write(_to_json(result).encode()))
+    _append_line(model_dir / f"{config_dir.name}.csv", result, started)
+    console = Console()
+    console.print(metrics_table(result))
+    console.print(f"result: {path}", soft_wrap=True)
+    console.print(f"report: flowctr report {shlex.quote(str(path))} --out report", soft_wrap=True)
+    return path
+
+
+def _check_gpu(gpu: int) -> None:
+    if gpu >= 0 and not torch.cuda.is_available():
+        logging.warning(
+            "!!! --gpu %d was asked for, but there is no GPU: this run uses the CPU and will be slow !!!", gpu
+        )
+    elif gpu >= torch.cuda.device_count() > 0:
+        raise ValueError(f"--gpu {gpu} does not exist; this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+
+
+def _command() -> str:
+    """The command line, as FuxiCTR writes it for a script."""
+    script, *arguments = sys.argv
+    return " ".join(["python", script, *arguments] if script.endswith(".py") else [Path(script).name, *arguments])
+
+
+def _count_parameters(model: BaseModel) -> dict[str, int]:
+    """Counts trainable parameters: all, and those outside of embedding tables."""
+    trainable = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        "total": sum(trainable.values()),
+        "non_embedding": sum(count for key, count in trainable.items() if key not in tables),
+    }
+
+
+def _peak_memory(device: torch.device) -> dict[str, int | None]:
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"host": host, "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    versions = {"python": platform.python_version(), "flowctr": flowctr.__version__, "fuxictr": version("fuxictr")}
+    return {
+        "device": f"{device} ({gpu})" if gpu else str(device),
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpu": gpu,
+        },
+        "versions": {**versions, **{name: version(name) for name in PACKAGES}, "cuda": torch.version.cuda},
+        "fuxictr": fuxictr_origin(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The git commit of a checkout, with "-dirty" when tracked files differ from it; None for an installed package."""
+    if not (config.REPOSITORY / ".git").exists():
+        return None
+    command = ["git", "-C", config.REPOSITORY, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _manifest_digest(feature_map: FeatureMap) -> str | None:
+    """The digest of what the data set was built from; None for h5 files that flowctr did not build."""
+    path = Path(feature_map.data_dir) / "manifest.json"
+    return json.loads(path.read_text())["digest"] if path.exists() else None
+
+
+def _save_attention(model: BaseModel, data: H5DataLoader | None, path: Path) -> str | None:
+    """Saves the model's ``attention_maps`` for the first validation batch, if it offers them."""
+    if data is None or not hasattr(model, "attention_maps"):
+        return None
+    arrays = {}
+    for name, (weights, rows, columns) in model.attention_maps(next(iter(data))).items():
+        arrays |= {name: weights, f"{name}__rows": np.array(rows), f"{name}__cols": np.array(columns)}
+    _write(path, lambda file: np.savez_compressed(file, **arrays))
+    return path.name
+
+
+def _to_json(result: Mapping[str, Any]) -> str:
+    finite = json.loads(json.dumps(result, default=str), parse_constant=lambda constant: None)  # JSON has no NaN
+    return json.dumps(finite, indent=1)
+
+
+def _write(path: Path, write: Any) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _append_line(path: Path, result: Mapping[str, Any], time: datetime) -> None:
+    """Appends FuxiCTR's result line; runs that end together wait for each other."""
+    valid, test = (print_to_list(result["metrics"].get(split, {})) for split in ("valid", "test"))
+    line = (
+        f" {time:%Y%m%d-%H%M%S},[command] {result['command']},[exp_id] {result['expid']},"
+        f"[dataset_id] {result['dataset_id']},[train] N.A.,[val] {valid},[test] {test}\n"
+    )
+    with FileLock(path.parent / "results" / f".{path.name}.lock"), open(path, "a", encoding="utf-8") as file:
+        file.write(line)

@@ -1,0 +1,355 @@
+"""The engine against FuxiCTR's own training, and what it adds: curves, checkpoints, clear stops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from flowctr.metrics import evaluate_metrics
+from flowctr.training import TrainingError, accelerate
+from fuxictr.pytorch.layers import FeatureEmbedding, MLP_Block
+from fuxictr.pytorch.models import BaseModel, MultiTaskModel
+from fuxictr.pytorch.torch_utils import seed_everything
+from torch import nn
+from toy import toy_batch, toy_feature_map
+
+SETTINGS = {
+    "model_root": "checkpoints",
+    "verbose": 0,
+    "metrics": ["AUC", "logloss"],
+    "monitor": "AUC",
+    "optimizer": "adam",
+    "loss": "binary_crossentropy",
+}
+
+
+class SingleTask(BaseModel):
+    """An embedding, dropout and an MLP from FuxiCTR's layers."""
+
+    def __init__(self, feature_map, learning_rate=0.02, **kwargs):
+        super().__init__(feature_map, **kwargs)
+        self.embedding_layer = FeatureEmbedding(feature_map, 4)
+        self.mlp = MLP_Block(4 * feature_map.num_fields, [8], "ReLU", 1, dropout_rates=0.2, batch_norm=True)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.compile(kwargs["optimizer"], kwargs["loss"], learning_rate)
+        self.reset_parameters()
+        self.model_to_device()
+
+    def forward(self, inputs):
+        embeddings = self.embedding_layer(self.get_inputs(inputs)).flatten(start_dim=1)
+        return {"y_pred": self.output_activation(self.mlp(embeddings) * self.scale)}
+
+
+class TwoTasks(MultiTaskModel):
+    """The same with one head per label."""
+
+    def __init__(self, feature_map, learning_rate=0.02, **kwargs):
+        super().__init__(feature_map, num_tasks=len(feature_map.labels), task="binary_classification", **kwargs)
+        self.embedding_layer = FeatureEmbedding(feature_map, 4)
+        self.mlp = MLP_Block(4 * feature_map.num_fields, [8], "ReLU", None, dropout_rates=0.2)
+        self.towers = nn.ModuleList(nn.Linear(8, 1) for _ in feature_map.labels)
+        self.scale = nn.Parameter(torch.full((1,), 0.5))
+        self.compile(kwargs["optimizer"], kwargs["loss"], learning_rate)
+        self.reset_parameters()
+        self.model_to_device()
+
+    def forward(self, inputs):
+        hidden = self.mlp(self.embedding_layer(self.get_inputs(inputs)).flatten(start_dim=1)) * self.scale
+        outputs = zip(self.feature_map.labels, self.output_activation, self.towers)
+        return {f"{label}_pred": activation(tower(hidden)) for label, activation, tower in outputs}
+
+
+class Loader(list):
+    """Batches with the base rates that the data loader has."""
+
+    @property
+    def base_rates(self):
+        return {
+            label: float(torch.cat([b[label] for b in self]).mean()) for label in ("click", "like") if label in self[0]
+        }
+
+
+def feature_map_of(model_class):
+    """Non-sequence features, so that FuxiCTR's FeatureEmbedding stacks them."""
+    feature_map = toy_feature_map(labels=["click", "like"] if model_class is TwoTasks else ["click"])
+    feature_map.features = {k: v for k, v in feature_map.features.items() if v["type"] != "sequence"}
+    feature_map.num_fields = feature_map.get_num_fields()
+    return feature_map
+
+
+def batches_of(feature_map, count, first_seed=0, rows=32):
+    """Batches with labels that depend on the inputs."""
+    batches = Loader(toy_batch(feature_map, rows=rows, seed=first_seed + i) for i in range(count))
+    for batch in batches:
+        batch["click"] = (batch["item"] + 10 * batch["age"] + 8 * torch.randn(rows) > 15).float()
+    return batches
+
+
+def build(model_class, tmp_path, accelerated=True, feature_map=None, **settings):
+    feature_map = feature_map or feature_map_of(model_class)
+    seed_everything(7)
+    cls = accelerate(model_class) if accelerated else model_class
+    return cls(feature_map, **{**SETTINGS, "model_root": str(tmp_path), "model_id": f"run{accelerated}", **settings})
+
+
+def train(model, epochs=6, **kwargs):
+    """Fits on the same 7 batches each time and returns the loss of every step."""
+    torch.manual_seed(3)
+    feature_map = model.feature_map
+    train_batches, valid_batches = batches_of(feature_map, 7), batches_of(feature_map, 3, first_seed=100)
+    losses, step = [], model.train_step
+    model.train_step = lambda batch: losses.append(step(batch)) or losses[-1]
+    model.fit(train_batches, validation_data=valid_batches, epochs=epochs, **kwargs)
+    return [loss.item() for loss in losses]
+
+
+@pytest.mark.parametrize(
+    ("model_class", "settings"),
+    [
+        (SingleTask, {}),
+        (SingleTask, {"embedding_regularizer": 0.005, "net_regularizer": "l1_l2(1e-4,1e-3)", "eval_steps": 3}),
+        (SingleTask, {"monitor": {"logloss": 1}, "monitor_mode": "min", "optimizer": "SGD", "save_best_only": False}),
+        (TwoTasks, {}),
+        (TwoTasks, {"eval_steps": 5, "early_stop_patience": 3}),
+    ],
+)
+def test_training_is_bit_equal_to_fuxictr(tmp_path, model_class, settings):
+    expected_model = build(model_class, tmp_path, accelerated=False, **settings)
+    (tmp_path / "toy").mkdir()
+    expected = train(expected_model)
+    model = build(model_class, tmp_path, **settings)
+    losses = train(model)
+
+    assert losses == expected
+    for name, weight in expected_model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    assert model._best_metric == pytest.approx(expected_model._best_metric, abs=1e-12)
+    assert model.optimizer.param_groups[0]["lr"] == expected_model.optimizer.param_groups[0]["lr"]
+
+    data = batches_of(model.feature_map, 3, first_seed=100)
+    scores, expected_scores = model.evaluate(data), expected_model.evaluate(data)
+    assert list(scores) == list(expected_scores)
+    assert scores == pytest.approx(expected_scores, abs=1e-12)
+    predictions, expected_predictions = model.predict(data), expected_model.predict(data)
+    if model_class is SingleTask:
+        np.testing.assert_array_equal(predictions, expected_predictions)
+    else:
+        for label in ("click", "like"):
+            np.testing.assert_array_equal(predictions[label], expected_predictions[label])
+
+
+def test_early_stopping_stops_where_fuxictr_does(tmp_path):
+    settings = {"learning_rate": 0.5, "early_stop_patience": 2}
+    (tmp_path / "toy").mkdir()
+    expected = train(build(SingleTask, tmp_path, accelerated=False, **settings), epochs=50)
+    model = build(SingleTask, tmp_path, **settings)
+    assert train(model, epochs=50) == expected
+    assert len(expected) < 50 * 7
+    assert len(model.history["valid"]) == len(expected) // 7
+    assert model.restored == model.history["valid"][-3]
+
+
+def test_multi_task_regularisation_reaches_every_parameter(tmp_path):
+    model = build(TwoTasks, tmp_path, embedding_regularizer=0.3, net_regularizer=0.2)
+    embeddings = {id(parameter) for parameter in model.embedding_layer.parameters()}
+    squares = {True: 0.0, False: 0.0}
+    for parameter in model.parameters():
+        squares[id(parameter) in embeddings] += (parameter.double() ** 2).sum().item()
+    assert squares[True] > 0
+    expected = 0.3 / 2 * squares[True] + 0.2 / 2 * squares[False]
+    assert model.regularization_loss().item() == pytest.approx(expected, rel=1e-5)
+    (gradient,) = torch.autograd.grad(model.regularization_loss(), model.scale)
+    assert gradient.item() == pytest.approx(0.2 * 0.5)
+
+
+def test_own_regularisation_of_a_model_is_kept(tmp_path):
+    class Own(TwoTasks):
+        def regularization_loss(self):
+            return 7 * self.scale.sum()
+
+    assert build(Own, tmp_path, feature_map=feature_map_of(TwoTasks)).regularization_loss().item() == 3.5
+
+
+def test_curves_are_means_over_intervals(tmp_path):
+    model = build(SingleTask, tmp_path)
+    losses = train(model, epochs=2)
+    assert [point["step"] for point in model.history["train"]] == list(range(1, 15))
+    assert [point["loss"] for point in model.history["train"]] == losses
+
+    model = build(SingleTask, tmp_path, eval_steps=30)
+    model.fit(batches_of(model.feature_map, 25), validation_data=batches_of(model.feature_map, 3), epochs=2)
+    train_points, valid_points = model.history["train"], model.history["valid"]
+    steps = [point["step"] for point in train_points]
+    assert steps == [*range(2, 25, 2), 25, *range(26, 51, 2)]
+    assert [point["epoch"] for point in train_points] == [1 if step <= 25 else 2 for step in steps]
+    assert [(point["step"], point["epoch"]) for point in valid_points] == [(30, 2)]
+    assert set(valid_points[0]) == {"step", "epoch", "AUC", "logloss"}
+
+    model = build(SingleTask, tmp_path)
+    losses, step = [], model.train_step
+    model.train_step = lambda batch: losses.append(step(batch)) or losses[-1]
+    model.fit(batches_of(model.feature_map, 25), epochs=1)
+    means = [np.mean([loss.item() for loss in losses[start : start + 2]]) for start in range(0, 25, 2)]
+    assert [point["loss"] for point in model.history["train"]] == pytest.approx(means, rel=1e-12)
+
+
+def test_loss_is_read_once_per_interval(tmp_path, monkeypatch):
+    model = build(SingleTask, tmp_path, optimizer="SGD")  # Adam reads its step counter by item() on the CPU
+    data = batches_of(model.feature_map, 40)
+    reads, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: reads.append(tensor) or item(tensor))
+    model.fit(data, epochs=1)
+    assert len(reads) == len(model.history["train"]) == 10
+
+
+def test_weights_left_in_place_are_those_of_the_restored_evaluation(tmp_path):
+    model = build(SingleTask, tmp_path, learning_rate=0.3, early_stop_patience=20, reduce_lr_on_plateau=False)
+    train(model, epochs=8)
+    valid = batches_of(model.feature_map, 3, first_seed=100)
+    best = max(model.history["valid"], key=lambda record: record["AUC"])
+    assert model.restored == best != model.history["valid"][-1]
+    torch.manual_seed(3)
+    batches_of(model.feature_map, 7)  # the labels' noise is drawn as in train()
+    valid = batches_of(model.feature_map, 3, first_seed=100)
+    scores = model.evaluate(valid)
+    assert scores == {name: best[name] for name in ("AUC", "logloss")}
+
+
+def test_fit_without_validation_keeps_the_last_weights(tmp_path):
+    model = build(SingleTask, tmp_path)
+    model.fit(batches_of(model.feature_map, 7), epochs=2)
+    assert model.history["valid"] == [] and model.restored is None
+    trained = {name: weight.clone() for name, weight in model.state_dict().items()}
+    again = build(SingleTask, tmp_path)
+    again.load_weights(model.checkpoint)
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, trained[name])
+
+
+def test_an_evaluation_happens_even_if_eval_steps_is_never_reached(tmp_path):
+    model = build(SingleTask, tmp_path, eval_steps=1000)
+    train(model, epochs=2)
+    assert [record["step"] for record in model.history["valid"]] == [14]
+    assert model.restored == model.history["valid"][0]
+
+
+def test_evaluate_scores_each_label_with_its_training_base_rate(tmp_path):
+    model = build(TwoTasks, tmp_path, metrics=["NE", "AUC", "gAUC"])
+    data = batches_of(model.feature_map, 3, first_seed=50)
+    train_data = batches_of(model.feature_map, 7)
+    model.fit(train_data, epochs=1)
+    scores = model.evaluate(data)
+
+    predictions = model.predict(data)
+    groups = torch.cat([batch["user_group"] for batch in data]).numpy()
+    for label in ("click", "like"):
+        truth = torch.cat([batch[label] for batch in data]).numpy()
+        rate = train_data.base_rates[label]
+        expected = evaluate_metrics(truth, predictions[label], ["NE", "AUC", "gAUC"], groups, rate)
+        assert {name: scores[f"{label}_{name}"] for name in expected} == expected
+        assert expected["NE"] != evaluate_metrics(truth, predictions[label], ["NE"])["NE"]
+    assert scores["AUC"] == pytest.approx((scores["click_AUC"] + scores["like_AUC"]) / 2, abs=1e-15)
+
+
+def test_one_label_of_a_multi_task_model_has_plain_metric_names(tmp_path):
+    model = build(TwoTasks, tmp_path, feature_map=feature_map_of(SingleTask))
+    assert list(model.evaluate(batches_of(model.feature_map, 2))) == ["AUC", "logloss"]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    model = build(SingleTask, tmp_path)
+    data = batches_of(model.feature_map, 40)
+    data[14]["age"][:] = math.nan
+    with pytest.raises(TrainingError, match=r"training predictions are nan between steps 13 and 15 \(epoch 1\)"):
+        model.fit(data, epochs=3)
+    assert [point["step"] for point in model.history["train"]] == [4, 8, 12]
+
+    model = build(SingleTask, tmp_path)  # a loss that torch does not look into
+    model.loss_fn = lambda y_pred, y_true, reduction: (y_pred / 0 if model._total_steps == 15 else y_pred).mean()
+    with pytest.raises(TrainingError, match=r"training loss is inf between steps 13 and 16 \(epoch 1\)"):
+        model.fit(batches_of(model.feature_map, 40), epochs=3)
+
+
+def test_validation_labels_of_one_class_are_named(tmp_path):
+    model = build(TwoTasks, tmp_path)
+    valid = batches_of(model.feature_map, 3)
+    for batch in valid:
+        batch["like"] = torch.zeros_like(batch["like"])
+    message = "monitored AUC is nan at step 7: the validation labels of like are all of one class"
+    with pytest.warns(UserWarning, match="AUC"), pytest.raises(TrainingError, match=message):
+        model.fit(batches_of(model.feature_map, 7), validation_data=valid, epochs=3)
+
+
+def test_predictions_that_are_not_numbers_are_an_error(tmp_path):
+    model = build(SingleTask, tmp_path)
+    with torch.no_grad():
+        model.scale.fill_(math.nan)
+    with pytest.raises(TrainingError, match="predicts nan or inf for click"):
+        model.evaluate(batches_of(model.feature_map, 2))
+
+
+def test_checkpoint_round_trip_and_fuxictr_reads_it(tmp_path):
+    model = build(SingleTask, tmp_path)
+    train(model, epochs=1)
+    path = tmp_path / "elsewhere" / "weights.model"
+    model.save_weights(path)
+    data = batches_of(model.feature_map, 2)
+    other = build(SingleTask, tmp_path, accelerated=False)
+    assert not np.array_equal(other.predict(data), model.predict(data))
+    other.load_weights(path)
+    np.testing.assert_array_equal(other.predict(data), model.predict(data))
+    assert [file.name for file in path.parent.iterdir()] == ["weights.model"]
+
+
+def test_a_checkpoint_of_another_feature_map_is_refused(tmp_path):
+    model = build(SingleTask, tmp_path)
+    model.save_weights(model.checkpoint)
+    feature_map = feature_map_of(SingleTask)
+    feature_map.features["item"]["vocab_size"] = 31
+    changed = build(SingleTask, tmp_path, feature_map=feature_map)
+    with pytest.raises(
+        ValueError, match=r"does not fit SingleTask.*feature map.*\n?.*item.*\(30, 4\) there and \(31, 4\)"
+    ):
+        changed.load_weights(model.checkpoint)
+
+    broken = tmp_path / "broken.model"
+    broken.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="is not a file of model weights"):
+        model.load_weights(broken)
+    broken.write_bytes((tmp_path / "toy" / "runTrue.model").read_bytes()[:500])
+    with pytest.raises(ValueError, match="is not a file of model weights"):
+        model.load_weights(broken)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"weight": Payload()}, tmp_path / "evil.model")
+    with pytest.raises(ValueError, match="is not a file of model weights"):
+        build(SingleTask, tmp_path).load_weights(tmp_path / "evil.model")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    model = build(SingleTask, tmp_path)
+    model.save_weights(model.checkpoint)
+    before = (tmp_path / "toy" / "runTrue.model").read_bytes()
+
+    def full_disk(state, path):
+        path.write_bytes(b"half a file")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/1")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="is the disk full"):
+        model.save_weights(model.checkpoint)
+    assert [file.name for file in (tmp_path / "toy").iterdir()] == ["runTrue.model"]
+    assert (tmp_path / "toy" / "runTrue.model").read_bytes() == before
+
+
+def test_rates_count_rows(tmp_path):
+    model = build(SingleTask, tmp_path)
+    train(model, epochs=2)
+    assert dict(model._rows) == {"train": 2 * 7 * 32, "evaluate": 2 * 3 * 32}
+    assert all(rate > 0 for rate in model.rows_per_second().values())
