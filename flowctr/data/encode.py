@@ -1,0 +1,472 @@
+"""Raw rows to arrays of ids: FuxiCTR's FeatureProcessor, fitted deterministically and applied a column at a time."""
+
+import importlib
+import json
+import logging
+import math
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from flowctr.data.format import H5Writer, did_you_mean, feature_map_digest, narrow_dtype
+from tqdm import tqdm
+
+BATCH_ROWS, BATCH_STEPS = 65536, 2**24  # rows encoded at a time, fewer where sequences are long
+STATISTICS_ROWS = 65536  # fixed, because the last bits of a mean depend on how the rows are grouped
+PAD = 0
+SPECIAL = ("__PAD__", "__OOV__")
+KEY_TYPES = {"str": str, "int": int, "float": float}
+
+
+class _LateModule(ModuleType):
+    """Stands in for a module until something of it is used."""
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _import_without_sklearn(name: str) -> ModuleType:
+    """Imports a module of FuxiCTR without sklearn, which it uses for scalers only.
+
+    Importing sklearn takes longer than building a small data set.
+    """
+    if "sklearn" in sys.modules:
+        return importlib.import_module(name)
+    package, preprocessing = ModuleType("sklearn"), _LateModule("sklearn.preprocessing")
+    package.preprocessing = preprocessing
+    sys.modules.update({"sklearn": package, "sklearn.preprocessing": preprocessing})
+    try:
+        return importlib.import_module(name)
+    finally:
+        del sys.modules["sklearn"], sys.modules["sklearn.preprocessing"]
+
+
+fuxictr_processing = _import_without_sklearn("fuxictr.preprocess.feature_processor")
+
+
+class ColumnError(ValueError):
+    """A column cannot be encoded. The message does not name the file, which only the caller knows."""
+
+
+class NotANumberError(ColumnError):
+    """A label or numeric feature has a value that is missing, not a number or infinite."""
+
+
+class Processor(fuxictr_processing.FeatureProcessor):
+    """FuxiCTR's FeatureProcessor with list columns, ``remap: False``, reproducible statistics and no pickle."""
+
+    def read_data(self, data_path: str, data_format: str = "csv", sep: str = ",") -> pl.LazyFrame:
+        """Scans a file or folder lazily, see ``adapt``."""
+        return self.adapt(super().read_data(data_path, data_format, sep))
+
+    def adapt(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+        """Brings column types of parquet files to those that a csv file would give.
+
+        Lists become strings joined by the column's splitter, categories become strings; labels and numeric features
+        become numbers.
+        """
+        schema = frame.collect_schema()
+        casts = [pl.col(name).cast(pl.String) for name, t in schema.items() if t in (pl.Categorical, pl.Enum)]
+        for col in self.feature_cols + self.label_cols:
+            name, dtype = col["name"], schema.get(col["name"])
+            if col.get("type") == "sequence" and isinstance(dtype, pl.List | pl.Array):
+                strings = pl.col(name).cast(pl.List(pl.String))
+                casts.append(strings.list.join(col.get("splitter", "^")))
+            elif col.get("type", "label") in ("label", "numeric") and dtype in (pl.String, pl.Boolean):
+                casts.append(pl.col(name).cast(pl.Float64))
+        return frame.with_columns(casts)
+
+    def _collect_statistics(self, train_ddf, meta_ddf=None):
+        statistics = super()._collect_statistics(train_ddf, meta_ddf)
+        scaled = [c["name"] for c in self.feature_cols if c["type"] == "numeric" and "normalizer" in c]
+        for name, (mean, std) in _mean_and_std(train_ddf, scaled).items():
+            low, high = statistics[name]["min"], statistics[name]["max"]
+            if low == high:  # rounding must not turn a constant's spread into 1e-17
+                mean, std = float(low), 0.0
+            statistics[name].update(mean=mean, std=std)
+        return statistics
+
+    def fit_meta_col(self, col, stats_dict):
+        if col.get("remap", True):
+            _check_tokens(col, stats_dict["value_counts"], min_count=1, na_value="")
+        super().fit_meta_col(col, stats_dict)
+
+    def fit_numeric_col(self, col, stats_dict=None):
+        super().fit_numeric_col(col, stats_dict)
+        if "normalizer" in col:
+            self.processor_dict[col["name"] + "::statistics"] = stats_dict
+
+    def fit_categorical_col(self, col, col_series=None, min_categr_count=1, num_buckets=10):
+        self._select_vocabulary_source(col, col_series, min_categr_count)
+        super().fit_categorical_col(col, col_series, min_categr_count, num_buckets)
+        self.rebuild_dataset = True
+
+    def fit_sequence_col(self, col, stats_dict=None, min_categr_count=1):
+        self._select_vocabulary_source(col, stats_dict, min_categr_count)
+        super().fit_sequence_col(col, stats_dict, min_categr_count)
+        self.rebuild_dataset = True
+
+    def _select_vocabulary_source(self, col, statistics, min_categr_count):
+        # FuxiCTR collects no tokens where `remap: False` and would crash; `rebuild_dataset=False` is its own way to
+        # take the vocabulary from `vocab_size`.
+        self.rebuild_dataset = col.get("remap", True)
+        if self.rebuild_dataset:
+            min_count = col.get("min_categr_count", min_categr_count)
+            _check_tokens(col, statistics["value_counts"], min_count, col.get("fill_na", ""))
+
+    def save_pickle(self, pickle_file):
+        """Does nothing: ``Encoder.load`` needs no pickle."""
+
+
+class Encoder:
+    """Encodes frames as ``FeatureProcessor.transform`` does, whole columns instead of Python loops over rows.
+
+    Args:
+        processor: A fitted processor.
+    """
+
+    def __init__(self, processor: Processor):
+        self.processor = processor
+        self.features = processor.feature_map.features
+        self.labels = processor.feature_map.labels
+
+    @classmethod
+    def load(cls, data_dir: str | Path) -> "Encoder":
+        """Restores the encoder of a built data set, to encode new rows without their labels and meta columns.
+
+        Args:
+            data_dir: The folder of the data set, ``data_root/dataset_id``.
+
+        Raises:
+            ValueError: If ids cannot be restored because one vocabulary mixes numbers and strings.
+        """
+        data_dir = Path(data_dir)
+        manifest = json.loads((data_dir / "manifest.json").read_text())
+        vocabularies = json.loads((data_dir / "feature_vocab.json").read_text())
+        cols = [c for c in manifest["settings"]["feature_cols"].values() if c["type"] != "meta"]
+        processor = Processor(cols, [], data_dir.name, str(data_dir.parent))
+        processor.feature_map.load(str(data_dir / "feature_map.json"), {})
+        processor.feature_map.labels = []
+        for col in cols:
+            name, state = col["name"], manifest["encoders"].get(col["name"], {})
+            if "statistics" in state:
+                normalizer = fuxictr_processing.Normalizer(col["normalizer"])
+                s = state["statistics"]
+                normalizer.fit_from_stats(s["min"], s["max"], s["mean"], s["std"], s["count"])
+                processor.processor_dict[name + "::normalizer"] = normalizer
+            elif "key" in state:
+                if state["key"] not in KEY_TYPES:
+                    raise ValueError(
+                        f"{data_dir}: the vocabulary of {name!r} mixes {state['key']} keys, so its ids cannot be "
+                        "restored; give all columns that share an embedding the same dtype and build again"
+                    )
+                tokenizer = _tokenizer(col, processor.feature_map.features[name].get("max_len", 0))
+                as_key = KEY_TYPES[state["key"]]
+                tokenizer.vocab = {k if k in SPECIAL else as_key(k): idx for k, idx in vocabularies[name].items()}
+                processor.processor_dict[name + "::tokenizer"] = tokenizer
+        return cls(processor)
+
+    def state(self) -> dict[str, dict]:
+        """Returns what ``load`` needs beside the vocabularies: key types and normaliser statistics by column."""
+        state = {}
+        for name in self.features:
+            tokenizer = self.processor.processor_dict.get(name + "::tokenizer")
+            statistics = self.processor.processor_dict.get(name + "::statistics")
+            if tokenizer is not None:
+                keys = {type(key).__name__ for key in tokenizer.vocab if key not in SPECIAL}
+                state[name] = {"key": " and ".join(sorted(keys))}
+            elif statistics is not None:
+                state[name] = {"statistics": statistics}
+        return state
+
+    def encode(self, frame: pl.DataFrame) -> dict[str, np.ndarray]:
+        """Encodes raw rows.
+
+        Args:
+            frame: Rows as read from a csv or parquet file.
+
+        Returns:
+            Arrays by column: ids in the narrowest integer type, shape ``(N,)``, sequences ``(N, max_len)``; numeric
+            features and labels float32 ``(N,)``, embeddings float32 ``(N, pretrain_dim)``.
+        """
+        return self.encode_preprocessed(self.processor.preprocess(self.processor.adapt(frame.lazy())).collect())
+
+    def encode_preprocessed(self, frame: pl.DataFrame) -> dict[str, np.ndarray]:
+        """Encodes rows that went through ``Processor.preprocess`` already; see ``encode``."""
+        encoders = {
+            "meta": self._encode_category,
+            "categorical": self._encode_category,
+            "sequence": self._encode_sequence,
+            "numeric": self._encode_numeric,
+            "embedding": self._encode_embedding,
+        }
+        features = [(n, spec) for n, spec in self.features.items() if n in frame.columns]
+        return {name: encoders[spec["type"]](name, frame[name]) for name, spec in features} | {
+            label: self._encode_numeric(label, frame[label]) for label in self.labels
+        }
+
+    def _encode_category(self, name: str, series: pl.Series) -> np.ndarray:
+        if self.features[name]["type"] == "meta" and name + "::tokenizer" not in self.processor.processor_dict:
+            return series.cast(pl.Int64).to_numpy()
+        return self._lookup(name, series.to_arrow())
+
+    def _encode_sequence(self, name: str, series: pl.Series) -> np.ndarray:
+        tokenizer = self.processor.processor_dict[name + "::tokenizer"]
+        max_len = tokenizer.max_len
+        lists = series.str.split(tokenizer._splitter).list
+        lists = lists.tail(max_len) if tokenizer.padding == "pre" else lists.head(max_len)
+        lengths = lists.list.len().fill_null(0).cast(pl.Int64).to_numpy()[:, None]
+        ids = self._lookup(name, lists.to_arrow().flatten())
+        steps = np.arange(max_len)
+        # Row by row, the real steps of the matrix are the flat ids in their order.
+        real = steps >= max_len - lengths if tokenizer.padding == "pre" else steps < lengths
+        matrix = np.full((len(series), max_len), PAD, ids.dtype)
+        matrix[real] = ids
+        return matrix
+
+    def _encode_numeric(self, name: str, series: pl.Series) -> np.ndarray:
+        values = series.cast(pl.Float64).to_numpy()
+        if not np.isfinite(values).all():
+            raise NotANumberError(f"column {name!r} has a value that is not a finite number")
+        normalizer = self.processor.processor_dict.get(name + "::normalizer")
+        return (values if normalizer is None else normalizer.transform(values)).astype(np.float32)
+
+    def _encode_embedding(self, name: str, series: pl.Series) -> np.ndarray:
+        dim = self.features[name]["pretrain_dim"]
+        if not isinstance(series.dtype, pl.List | pl.Array):
+            raise ColumnError(f"column {name!r} of type embedding must hold lists of numbers; got {series.dtype}")
+        lists = series.cast(pl.List(pl.Float32))
+        lengths = lists.list.len().fill_null(0)
+        if (wrong := lengths != dim).any():
+            raise ColumnError(f"column {name!r}: a row has {lengths[wrong.arg_max()]} values, pretrain_dim is {dim}")
+        return lists.to_arrow().flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+
+    def _lookup(self, name: str, tokens: pa.Array) -> np.ndarray:
+        """Returns the id of each token; only distinct tokens pass through Python."""
+        tokenizer = self.processor.processor_dict[name + "::tokenizer"]
+        spec = self.features[name]
+        vocab_size = spec.get("vocab_size") or tokenizer.vocab_size()  # FuxiCTR notes no size for meta columns
+        vocab, oov = tokenizer.vocab, tokenizer.vocab["__OOV__"]
+        na_value = tokenizer._na_value if spec["type"] == "sequence" else object()
+        distinct = tokens.dictionary_encode(null_encoding="encode")
+        values = distinct.dictionary.to_pylist()
+        if tokenizer.remap:
+            ids = [PAD if value == na_value else vocab.get(value, oov) for value in values]
+        else:
+            ids = [PAD if value == na_value else _as_index(name, value) for value in values]
+        for value, idx in zip(values, ids):
+            if not 0 <= idx < vocab_size:
+                raise ColumnError(
+                    f"column {name!r}: index {idx} of value {value!r} is beyond its vocabulary "
+                    f"(vocab_size={vocab_size}); correct the data or raise vocab_size"
+                )
+        return np.array(ids, narrow_dtype(vocab_size))[distinct.indices.to_numpy()]
+
+
+def encode_splits(
+    settings: dict, sources: dict[str, tuple[str, list[str]]], data_root: Path, dataset_id: str
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """Fits FuxiCTR's encoders on the training split and writes every split, encoded, to ``data_root/dataset_id``.
+
+    Args:
+        settings: The checked settings of the data set.
+        sources: For each split the path given for it and the files found there.
+        data_root, dataset_id: Where the h5 files, ``feature_map.json`` and ``feature_vocab.json`` go.
+
+    Returns:
+        For each split the path, rows and files (name and bytes) of what was written; and ``Encoder.state()``.
+
+    Raises:
+        ValueError: If a value or column of the data is wrong.
+        OSError: If the disk is full.
+    """
+    # Labels are never filled in unless `fill_na` says so; FuxiCTR would turn a missing label into 0.
+    labels = [{"fill_na": None, **col} for col in settings["label_col"].values()]
+    features = [
+        {**col, "fill_na": None} if col["type"] == "embedding" else dict(col)
+        for col in settings["feature_cols"].values()
+    ]
+    processor = Processor(features, labels, dataset_id, str(data_root))
+    try:
+        frames = _read(processor, sources, settings)
+        meta = [col["name"] for col in features if col["type"] == "meta"]
+        every_split = pl.concat([frame.select(meta) for frame in frames.values()], how="vertical_relaxed")
+        with _named(sources["train"][0]):
+            processor.fit(frames["train"], every_split, settings["min_categr_count"])
+        written = _write(processor, frames, sources, settings)
+    except (pl.exceptions.PolarsError, NotANumberError) as error:
+        raise _explanation(error, processor, sources, settings) from error
+    encoders = Encoder(processor).state()
+    for name, state in encoders.items():
+        if " and " in state.get("key", ""):
+            logging.warning(
+                f"the vocabulary shared with {name!r} has {state['key']} keys: equal values of different dtype get "
+                "different ids; give columns that share an embedding the same dtype"
+            )
+    return written, encoders
+
+
+def _read(processor: Processor, sources: dict[str, tuple[str, list[str]]], settings: dict) -> dict[str, pl.LazyFrame]:
+    """Scans and preprocesses each split after checking that it has rows and every column."""
+    frames, kinds = {}, {}
+    for split, (path, _) in sources.items():
+        try:
+            frame = processor.read_data(path, settings["data_format"], settings["sep"])
+            columns = frame.collect_schema().names()
+        except pl.exceptions.NoDataError as error:
+            raise ValueError(f"{path}: the {split} split is an empty file") from error
+        for col in processor.feature_cols + processor.label_cols:
+            if col["name"] not in columns and not col.get("preprocess"):
+                raise ValueError(
+                    f"{path}: column {col['name']!r} is missing{did_you_mean(col['name'], columns)}; "
+                    f"the {split} split has {', '.join(columns)}"
+                )
+        frames[split] = processor.preprocess(frame)
+        if frames[split].head(1).collect().is_empty():
+            raise ValueError(f"{path}: the {split} split has no rows")
+        for name, dtype in frames[split].collect_schema().items():
+            # An id that is a number here and a string there would silently become out-of-vocabulary.
+            kind = kinds.setdefault(name, (dtype.is_numeric(), dtype, path))
+            if kind[0] != dtype.is_numeric():
+                raise ValueError(f"column {name!r} is {kind[1]} in {kind[2]} but {dtype} in {path}; make them the same")
+    return frames
+
+
+def _write(processor: Processor, frames: dict[str, pl.LazyFrame], sources: dict, settings: dict) -> dict:
+    """Encodes each distinct split into h5 files and describes them for the manifest."""
+    encoder = Encoder(processor)
+    sequences = {n: spec for n, spec in encoder.features.items() if spec["type"] == "sequence"}
+    paddings = {name: settings["feature_cols"][name].get("padding", "post") for name in sequences}
+    steps = sum(spec["max_len"] for spec in sequences.values())
+    batch_rows = max(1, min(BATCH_ROWS, BATCH_STEPS // max(1, steps)))
+    folder, digest = Path(processor.data_dir), feature_map_digest(processor.data_dir)
+    written, by_files = {}, {}
+    for split, frame in frames.items():
+        path, files = sources[split]
+        files = tuple(os.path.realpath(file) for file in files)
+        if files not in by_files:
+            with (
+                H5Writer(
+                    folder,
+                    split,
+                    encoder.features,
+                    paddings,
+                    encoder.labels,
+                    digest,
+                    settings["data_block_size"],
+                    settings["h5_compression"],
+                ) as writer,
+                tqdm(desc=f"encode {split}", unit=" rows", disable=None) as progress,  # None: only on a terminal
+                _named(path),
+            ):
+                for batch in frame.collect_batches(chunk_size=batch_rows, maintain_order=True):
+                    writer.append(encoder.encode_preprocessed(batch))
+                    progress.update(len(batch))
+            by_files[files] = {
+                "path": split if settings["data_block_size"] else f"{split}.h5",
+                "rows": writer.rows,
+                "files": {name: (folder / name).stat().st_size for name in writer.files},
+            }
+        written[split] = by_files[files]
+    return written
+
+
+@contextmanager
+def _named(path: str):
+    """Puts the path of the split in front of what is wrong with one of its columns."""
+    try:
+        yield
+    except NotANumberError:
+        raise
+    except ColumnError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _explanation(error: Exception, processor: Processor, sources: dict, settings: dict) -> ValueError:
+    """Finds the value that made reading fail: polars names neither file nor row."""
+    is_csv = settings["data_format"] == "csv"
+    for file in [file for _, files in sources.values() for file in files]:
+        # Without type inference every value of a csv can be read, as a string.
+        scan = pl.scan_csv(file, separator=settings["sep"], infer_schema=False) if is_csv else pl.scan_parquet(file)
+        for col in processor.label_cols + processor.feature_cols:
+            name, dtype = col["name"], processor.dtype_dict[col["name"]]
+            try:
+                bad = (
+                    None
+                    if dtype is str
+                    else _first_bad_number(scan, name, is_csv and dtype is int, col.get("fill_na", 0))
+                )
+            except pl.exceptions.PolarsError:  # no such column, or a file that cannot be read at all
+                continue
+            if bad is not None:
+                row, value = bad
+                where = f"row {row} (line {row + 1})" if is_csv else f"row {row}"
+                if value is None:
+                    return ValueError(f"{file}: column {name!r} is empty in {where}; correct it or set fill_na")
+                kind = "an integer" if is_csv and dtype is int else "a number"
+                return ValueError(
+                    f"{file}: column {name!r} has {value!r}, which is not {kind} in {where}; "
+                    f"correct the value or the dtype of {name!r}"
+                )
+    return ValueError(f"{', '.join(path for path, _ in sources.values())}: cannot be read: {error}")
+
+
+def _first_bad_number(scan: pl.LazyFrame, name: str, is_int: bool, fill_na) -> tuple[int, str | None] | None:
+    """Returns row (from 1) and value of the first one that is no finite number, or is missing without a ``fill_na``."""
+    value = pl.col(name).cast(pl.String)
+    number = value.cast(pl.Int64 if is_int else pl.Float64, strict=False).cast(pl.Float64)
+    bad = number.is_finite().not_().fill_null(True)
+    if fill_na is not None:
+        bad &= value.is_not_null()
+    rows = scan.select(value.alias("value"), bad.alias("bad")).with_row_index("row", offset=1)
+    return next(rows.filter("bad").select("row", "value").head(1).collect().iter_rows(), None)
+
+
+def _as_index(name: str, value) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ColumnError(
+            f"column {name!r} has `remap: False`, so its values must be indices; got {value!r}; "
+            "remove `remap: False` to have FuxiCTR number the values"
+        ) from None
+
+
+def _tokenizer(col: dict, max_len: int) -> "fuxictr_processing.Tokenizer":
+    return fuxictr_processing.Tokenizer(
+        na_value=col.get("fill_na", ""),
+        splitter=col.get("splitter", "^"),
+        max_len=max_len,
+        padding=col.get("padding", "post"),
+        remap=col.get("remap", True),
+    )
+
+
+def _check_tokens(col: dict, counts: dict, min_count: int, na_value) -> None:
+    if not any(count >= min_count and token != na_value for token, count in counts.items()):
+        raise ColumnError(
+            f"column {col['name']!r} has no token to learn from: every value is empty or occurs fewer than "
+            f"min_categr_count={min_count} times in the training data; lower min_categr_count or set active: False"
+        )
+
+
+def _mean_and_std(frame: pl.LazyFrame, names: list[str]) -> dict[str, tuple[float, float]]:
+    """Mean and population standard deviation of columns, the same on every run and any number of threads."""
+    if not names:
+        return {}
+    moments = dict.fromkeys(names, (0, 0.0, 0.0))  # count, mean, sum of squared deviations
+    for batch in frame.select(names).collect_batches(chunk_size=STATISTICS_ROWS, maintain_order=True):
+        for name in names:
+            x = batch[name].drop_nulls().cast(pl.Float64).to_numpy()
+            if len(x) == 0:
+                continue
+            count, mean, squares = moments[name]
+            delta, total = x.mean() - mean, count + len(x)  # merged by Chan's formula
+            squares += ((x - x.mean()) ** 2).sum() + delta**2 * count * len(x) / total
+            moments[name] = (total, mean + delta * len(x) / total, squares)
+    return {name: (float(mean), math.sqrt(squares / max(count, 1))) for name, (count, mean, squares) in moments.items()}
