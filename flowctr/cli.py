@@ -102,7 +102,9 @@ def run(
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULT.json...", help="Result files of the runs.")],
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULT...", help="Result files of the runs, or folders of them.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("report"),
     debug: Debug = False,
 ) -> None:
@@ -110,7 +112,8 @@ def report(
     with _errors(debug):
         from flowctr.report import write_report
 
-        print(write_report(results, out))
+        files = [file for path in results for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+        print(write_report(files, out))
 
 
 def run_expid(src: ModuleType, file: str) -> None:
@@ -187,6 +190,7 @@ def _is_expected(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return True
     import torch
+    from flowctr.experiment import RunningError
     from flowctr.training import TrainingError
 
-    return isinstance(error, (TrainingError, torch.OutOfMemoryError))
+    return isinstance(error, (RunningError, TrainingError, torch.OutOfMemoryError))

@@ -19,6 +19,7 @@ import yaml
 from flowctr import checks
 from flowctr.data import H5DataLoader
 from flowctr.metrics import evaluate_metrics
+from flowctr.training import Engine
 from fuxictr.pytorch.models import BaseModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -282,9 +283,12 @@ def _arguments(model: type[BaseModel]) -> dict[str, inspect.Parameter]:
             if all(p.kind != p.VAR_KEYWORD for p in inspect.signature(parent.__init__).parameters.values()):
                 break  # the constructors above get nothing from the YAML
     arguments: dict[str, inspect.Parameter] = {}
-    for function in (*functions, model.compile, model.fit, H5DataLoader.__init__):
+    for function in (*functions, Engine.__init__, model.compile, model.fit, H5DataLoader.__init__):
         for argument in list(inspect.signature(function).parameters.values())[1:]:  # without self
-            if argument.kind != argument.VAR_KEYWORD and argument.name not in RUNNER_ARGUMENTS:
+            if (
+                argument.kind not in (argument.VAR_KEYWORD, argument.VAR_POSITIONAL)
+                and argument.name not in RUNNER_ARGUMENTS
+            ):
                 arguments.setdefault(argument.name, argument)
     return arguments
 

@@ -19,7 +19,7 @@ from typing import Any
 import flowctr
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from flowctr import config
 from flowctr._fuxictr import fuxictr_origin
 from flowctr.data import H5DataLoader, build_h5, load_feature_map
@@ -34,6 +34,10 @@ from torch import nn
 
 RESULT_FORMAT = 1
 PACKAGES = ("torch", "numpy", "pandas", "polars", "scipy", "scikit-learn", "pyyaml", "h5py", "tqdm")
+
+
+class RunningError(RuntimeError):
+    """Another run writes the same checkpoint and log."""
 
 
 def run(
@@ -60,6 +64,7 @@ def run(
 
     Raises:
         ValueError: If the configuration or the data are wrong.
+        RunningError: If another process runs this experiment with the same ``model_root``.
         TrainingError: If the loss, a prediction or the monitored metric is not a number.
     """
     started, clock = datetime.now(), time.perf_counter()
@@ -67,9 +72,29 @@ def run(
     model_dir = Path(model_dir or config_dir.parent).resolve()
     params = config.load(config_dir, expid, overrides, src)
     params.update(gpu=gpu, model_root=str(model_dir / params["model_root"]))
+    checkpoints = Path(params["model_root"]) / params["dataset_id"]
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(checkpoints / f".{expid}.lock", timeout=0):
+            return _run(params, config_dir, model_dir, src, started, clock)
+    except Timeout as error:
+        raise RunningError(
+            f"another run of {expid} is writing to {checkpoints}; wait for it, or give this one a folder of its own: "
+            "--set model_root=DIR"
+        ) from error
+
+
+def _run(
+    params: dict[str, Any],
+    config_dir: Path,
+    model_dir: Path,
+    src: ModuleType | None,
+    started: datetime,
+    clock: float,
+) -> Path:
     set_logger(params)
     logging.info("Params: %s", print_to_json(params))
-    _check_gpu(gpu)
+    _check_gpu(params["gpu"])
     seed_everything(params["seed"])
 
     files = build_h5(params)
@@ -91,16 +116,16 @@ def run(
         logging.info("******** Test evaluation ********")
         metrics["test"] = model.evaluate(H5DataLoader(feature_map, files["test"], split="test", **params))
 
-    name = f"{expid}-s{params['seed']}-{started:%Y%m%d-%H%M%S}"
+    name = f"{params['model_id']}-s{params['seed']}-{started:%Y%m%d-%H%M%S-%f}"  # runs may start in the same second
     result = {
         "format": RESULT_FORMAT,
-        "expid": expid,
+        "expid": params["model_id"],
         "model": params["model"],
         "dataset_id": params["dataset_id"],
         "seed": params["seed"],
         "started": started.astimezone().isoformat(timespec="seconds"),
         "command": _command(),
-        "config": params,
+        "config": _portable(params),
         "labels": feature_map.labels,
         "metrics": metrics,
         "ne_base": "train",
@@ -135,7 +160,18 @@ def _check_gpu(gpu: int) -> None:
 def _command() -> str:
     """The command line, as FuxiCTR writes it for a script."""
     script, *arguments = sys.argv
-    return " ".join(["python", script, *arguments] if script.endswith(".py") else [Path(script).name, *arguments])
+    if not script.endswith(".py"):
+        return shlex.join([Path(script).name, *arguments])
+    return shlex.join(["python", _portable(os.path.abspath(script)), *arguments])
+
+
+def _portable(value: Any) -> Any:
+    """Gives paths inside the repository relative to it, so that a result says nothing of the machine."""
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, str) and value.startswith(f"{config.REPOSITORY}{os.sep}"):
+        return os.path.relpath(value, config.REPOSITORY)
+    return value
 
 
 def _count_parameters(model: BaseModel) -> dict[str, int]:

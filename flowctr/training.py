@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 CURVE_POINTS_PER_EVALUATION = 10
 # How torch's binary_cross_entropy reports a prediction that is nan: on the CPU, and on a GPU.
-NAN_PREDICTION = ("all elements of input should be between 0 and 1", "device-side assert")
+NAN_PREDICTION = ("all elements of input should be between 0 and 1", "device-side assert triggered")
 
 Batches = Iterable[Mapping[str, Tensor]]
 Model = TypeVar("Model", bound=BaseModel)
@@ -51,8 +51,59 @@ def accelerate(model_class: type[Model]) -> type[Model]:
     return type(model_class.__name__, (Engine, model_class), namespace)
 
 
+class GraphedStep:
+    """Replays a captured training step: forward, backward, clipping and update go to the GPU in one launch.
+
+    The first steps run as they are, which lets libraries choose their kernels; then one step is captured for the shape
+    of its batch. Batches of another shape, the last of an epoch, run as they are. A changed learning rate is captured
+    anew.
+
+    Args:
+        model: A model on a GPU whose ``train_step`` does not read values back from the device.
+    """
+
+    WARM_UP_STEPS = 3
+
+    def __init__(self, model: BaseModel):
+        self.model = model
+        self.steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.key: tuple | None = None
+        for group in model.optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True  # keeps the optimiser's step counter on the device
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Trains on a batch that lies on the device and returns its loss."""
+        self.steps += 1
+        shapes = tuple((name, values.shape) for name, values in batch.items())
+        rates = tuple(group["lr"] for group in self.model.optimizer.param_groups)
+        if self.steps <= self.WARM_UP_STEPS or (self.graph is not None and shapes != self.key[0]):
+            return self.model.train_step(batch)
+        if self.key != (shapes, rates):
+            self._capture(batch)
+            self.key = (shapes, rates)
+        for name, values in self.inputs.items():
+            values.copy_(batch[name])
+        self.graph.replay()
+        return self.loss
+
+    def _capture(self, batch: Mapping[str, Tensor]) -> None:
+        self.inputs = {name: values.clone() for name, values in batch.items()}
+        self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may go on pinning memory meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.loss = self.model.train_step(self.inputs).detach()
+
+
 class Engine:
     """What `accelerate` puts before a model class: FuxiCTR's training methods, overridden.
+
+    Args:
+        *args: The model's arguments.
+        cuda_graphs: Whether to replay a captured training step on a GPU (see `GraphedStep`); without effect on the CPU.
+        **kwargs: The model's arguments.
 
     Attributes:
         history: Learning curves of the last `fit`. ``train`` has ``{step, epoch, loss}`` per logging interval, the mean
@@ -63,8 +114,9 @@ class Engine:
         base_rates: Label -> mean in the training data, by which NE is normalised; None before `fit`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, cuda_graphs: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.cuda_graphs = cuda_graphs
         self.history: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
         self.restored: dict[str, float] | None = None
         self.base_rates: Mapping[str, float] | None = None
@@ -101,6 +153,7 @@ class Engine:
         self._record_every = max(1, min(self._evaluate_every, steps_per_epoch) // CURVE_POINTS_PER_EVALUATION)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._loss_steps = 0
+        self._graphed_step = GraphedStep(self) if self.cuda_graphs and self.device.type == "cuda" else None
         # These have the names and meaning of BaseModel, whose train_step and checkpoint_and_earlystop use them.
         self._max_gradient_norm = max_gradient_norm
         self._best_metric = math.inf if self._monitor_mode == "min" else -math.inf
@@ -134,7 +187,9 @@ class Engine:
         self.train()
         started = time.perf_counter()
         for batch in self._progress(data_generator, "train"):
-            self._loss_sum += self.train_step(batch).detach()
+            batch = self._on_device(batch)
+            step = self.train_step if self._graphed_step is None else self._graphed_step
+            self._loss_sum += step(batch).detach()
             self._loss_steps += 1
             self._total_steps += 1
             self._rows["train"] += len(batch[self.feature_map.labels[0]])
@@ -294,6 +349,7 @@ class Engine:
         y_pred: dict[str, list[Tensor]] = {label: [] for label in outputs}
         groups: list[Tensor] = []
         for batch in self._progress(data_generator, "evaluate"):
+            batch = self._on_device(batch)
             predictions = self.forward(batch)
             for label, output in outputs.items():
                 y_true[label].append(batch[label].flatten())
@@ -305,6 +361,10 @@ class Engine:
             {label: torch.cat(parts).double().cpu().numpy() for label, parts in y_pred.items()},
             torch.cat(groups).cpu().numpy() if groups else None,
         )
+
+    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies a batch without waiting for the device; FuxiCTR's ``get_inputs`` would wait for every column."""
+        return {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
 
     def _progress(self, data_generator: Batches, what: str) -> Batches:
         """Shows the progress and the rate on a terminal, nothing in a log."""

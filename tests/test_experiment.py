@@ -169,7 +169,7 @@ def test_a_run_from_another_folder(folder, tmp_path):
     done = run_script(folder, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path / "no_ray"))
     assert done.returncode == 0, done.stderr
     (path,) = (folder / "results").glob("*.json")
-    assert re.fullmatch(r"Toy_test-s5-\d{8}-\d{6}\.json", path.name)
+    assert re.fullmatch(r"Toy_test-s5-\d{8}-\d{6}-\d{6}\.json", path.name)
     assert str(path) in done.stdout and "flowctr report" in done.stdout and "click" in done.stdout
     result = json.loads(path.read_text())
 
@@ -208,7 +208,7 @@ def test_a_run_from_another_folder(folder, tmp_path):
         assert arrays["first__rows"].tolist() == ["a", "b"] and arrays["first__cols"].tolist() == ["c"]
 
     stamp, command, expid, dataset_id, valid, test = RESULT_LINE.fullmatch((folder / "config.csv").read_text()).groups()
-    assert path.stem.endswith(stamp) and (expid, dataset_id) == ("Toy_test", "two_labels")
+    assert f"-{stamp}-" in path.stem and (expid, dataset_id) == ("Toy_test", "two_labels")
     assert command == result["command"] == f"python {folder}/run_expid.py --seed 5 --set epochs=2 --gpu -1"
     assert metrics_of(valid) == pytest.approx(result["metrics"]["valid"], abs=5e-7)
     assert metrics_of(test) == pytest.approx(result["metrics"]["test"], abs=5e-7)
@@ -395,3 +395,40 @@ def test_every_model_folder_has_the_same_script():
     paths = sorted(Path(__file__).parents[1].glob("model_zoo/*/run_expid.py"))
     assert paths
     assert len({path.read_text().replace(path.parent.name, "MODEL") for path in paths}) == 1
+
+
+def test_a_second_run_of_the_same_experiment_is_refused_while_the_first_writes(folder, src, monkeypatch):
+    def run_again(self, *args, **kwargs):
+        monkeypatch.undo()
+        with pytest.raises(experiment.RunningError, match="--set model_root=DIR"):
+            experiment.run(folder / "config", "Toy_one", src)
+        experiment.run(folder / "config", "Toy_one", src, overrides=[f"model_root={folder / 'elsewhere'}"])
+        return fit(self, *args, **kwargs)
+
+    fit = Engine.fit
+    monkeypatch.setattr(Engine, "fit", run_again)
+    experiment.run(folder / "config", "Toy_one", src)
+    assert len(list((folder / "results").glob("*.json"))) == 2
+
+
+def test_runs_that_start_in_the_same_second_keep_their_results(folder, tmp_path):
+    script = [sys.executable, folder / "run_expid.py", "--expid", "Toy_one"]
+    runs = [subprocess.Popen([*script, "--set", f"model_root={tmp_path / str(i)}"]) for i in range(2)]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert len(list((folder / "results").glob("*.json"))) == 2
+    assert len((folder / "config.csv").read_text().splitlines()) == 2
+
+
+def test_a_report_takes_folders_of_results(folder, src, tmp_path, monkeypatch, capsys):
+    experiment.run(folder / "config", "Toy_one", src)
+    monkeypatch.setattr(sys, "argv", ["flowctr", "report", str(folder / "results"), "--out", str(tmp_path / "page")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert "Toy_one" in (tmp_path / "page" / "index.html").read_text()
+    assert str(tmp_path / "page" / "index.html") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_paths_in_the_repository_are_given_relative_to_it():
+    inside = {"train_data": str(experiment.config.REPOSITORY / "data" / "x"), "seeds": [1], "other": "/elsewhere/y"}
+    assert experiment._portable(inside) == {"train_data": "data/x", "seeds": [1], "other": "/elsewhere/y"}

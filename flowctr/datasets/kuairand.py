@@ -84,7 +84,7 @@ _CHUNK_ROWS = 100_000  # bounds the memory of the event times that the gaps of o
 
 
 def prepare_window(raw: Path, out: Path, tabs: tuple[int, ...] | None = None, every_nth_user: int = 1) -> list[Path]:
-    """Writes the tables of protocol kuairand_pure_window, or of a part of it (kuairand_pure_window_tabs, kuairand_tiny).
+    """Writes the tables of protocol kuairand_pure_window, or of a part of it: kuairand_pure_window_tabs, kuairand_tiny.
 
     Train is 25 April to 4 May 2022, valid 5 and 6 May, test 7 and 8 May. Events until 24 April come from the history
     file, later ones from the whole log, whatever their tab.
@@ -338,7 +338,7 @@ DATASETS = [
     ),
     Dataset(
         id="kuairand_tiny",
-        description="the same, every 32nd user only: a few thousand rows to try things on, shipped as data/kuairand_tiny.",
+        description="the same, every 32nd user only: a small table to try things on, shipped as data/kuairand_tiny.",
         download=WINDOW_DOWNLOAD,
         licence=LICENCE,
         files=WINDOW_FILES,
