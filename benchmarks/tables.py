@@ -1,0 +1,98 @@
+"""Writes the tables of benchmarks/README.md from the result files beside it: python benchmarks/tables.py."""
+
+import csv
+import json
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+METRICS = ("gAUC", "AUC", "logloss", "NE")
+NOT_SETTINGS = ("model", "model_id", "model_root", "seed", "gpu", "cuda_graphs")  # where and how it ran, not what
+
+
+def main() -> None:
+    """Rewrites what stands between the markers of each table."""
+    README.write_text(filled(README.read_text()))
+
+
+def filled(page: str) -> str:
+    """Returns the page with every ``<!-- table: NAME -->`` followed by that table up to ``<!-- end -->``."""
+    head, *sections = page.split("<!-- table: ")
+    for section in sections:
+        name, _, rest = section.partition(" -->")
+        _, _, after = rest.partition("<!-- end -->")
+        head += f"<!-- table: {name} -->\n\n{table(name)}\n\n<!-- end -->{after}"
+    return head
+
+
+def table(name: str) -> str:
+    """Builds one table: ``data`` is the data pipeline's speed, any other name a data set."""
+    return data_speed() if name == "data" else accuracy(name)
+
+
+def accuracy(dataset_id: str) -> str:
+    """Lists the runs of a data set, the best on its validation data first, then the reference rows."""
+    results = [json.loads(path.read_text()) for path in sorted(HERE.glob("*/*.json"))]
+    results = [result for result in results if result["dataset_id"] == dataset_id]
+    results.sort(key=lambda result: -result["metrics"]["valid"]["AUC"])
+    labelled = any(len(result["labels"]) > 1 for result in results)
+    rows = []
+    for result in results:
+        targets = [*result["labels"], "mean"] if labelled else [""]
+        for target in targets:
+            prefix = f"{target}_" if target not in ("", "mean") else ""
+            values = [result["metrics"][split].get(prefix + name) for split in ("valid", "test") for name in METRICS]
+            first = target == targets[0]
+            rows.append(
+                [
+                    *([result["model"], settings(result, results), result["seed"]] if first else [""] * 3),
+                    *([target] if labelled else []),
+                    *("–" if value is None else f"{value:.4f}" for value in values),
+                ]
+            )
+    with open(HERE / "reference_results.csv", newline="") as file:
+        references = [row for row in csv.DictReader(file) if row["dataset_id"] == dataset_id]
+    for row in references:
+        test = [row["gAUC"], row["AUC"], row["logloss"], "–"]
+        rows.append([row["model"], row["source"], "–", *([""] if labelled else []), *["–"] * 4, *test])
+    columns = ["model", "settings", "seed", *(["label"] if labelled else [])]
+    columns += [f"{split} {name}" for split in ("valid", "test") for name in METRICS]
+    return markdown(columns, rows)
+
+
+def settings(result: dict, results: list[dict]) -> str:
+    """Names what the run has set and another run of the same model has not, or otherwise."""
+    configs = [other["config"] for other in results if other["model"] == result["model"]]
+    return ", ".join(
+        f"{key} {value}"
+        for key, value in result["config"].items()
+        if key not in NOT_SETTINGS and any(config.get(key) != value for config in configs)
+    )
+
+
+def data_speed() -> str:
+    """Lists what `benchmarks/speed/data.py` measured last."""
+    result = json.loads((HERE / "speed" / "results" / "data.json").read_text())
+    rows = []
+    for name, run in result["loader"]["runs"].items():
+        what = f"loader, {result['loader']['rows']:,} rows in memory"
+        rows.append([what, name, f"{run['rows_per_second']:,.0f} rows/s", f"{run['data_mb']:,.0f} MB of data"])
+    for count, part in result["build"].items():
+        for name, run in part["runs"].items():
+            seconds = f"{run['seconds']:.2f} s"
+            rows.append([f"build, {int(count):,} rows", name, seconds, f"{run['peak_mb']:,.0f} MB at most"])
+    for name, run in result["streaming"]["runs"].items():
+        size = f"{result['streaming']['file_bytes'] / 1e9:.1f} GB"
+        speed = f"{run['rows_per_second']:,.0f} rows/s"
+        rows.append([f"streaming a file of {size}", f"flowctr h5, {name}", speed, f"{run['peak_mb']:,.0f} MB at most"])
+    return markdown(["what", "who", "speed", "memory"], rows)
+
+
+def markdown(columns: list[str], rows: list[list]) -> str:
+    """Lays out a table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
