@@ -1,5 +1,6 @@
 """Every data_configs/*.yaml describes the tables that `flowctr prepare` makes."""
 
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -9,7 +10,9 @@ from flowctr.datasets import DATASETS, bars_x1, prepare
 from fuxictr.preprocess.feature_processor import FeatureProcessor
 from raw_files import PURE_DAYS, WINDOW_DAYS, kuairand_log, write_amazon, write_pure, write_window
 
-FILES = sorted((Path(__file__).parent.parent / "data_configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "data_configs").glob("*.yaml"))
+TINY = ROOT / "data" / "kuairand_tiny"
 REQUIRED = {"data_root", "data_format", "train_data", "valid_data", "test_data", "min_categr_count", "group_id"}
 REQUIRED |= {"feature_cols", "label_col", "behaviors"}
 X1_COLUMNS = {
@@ -54,6 +57,9 @@ def prepared(tmp_path, monkeypatch):
 
     def make(dataset_id: str) -> Path:
         raw, out = tmp_path / "raw", tmp_path / "data" / "prepared" / dataset_id
+        if dataset_id == "kuairand_tiny":  # comes prepared
+            shutil.copytree(TINY, tmp_path / "data" / "kuairand_tiny")
+            return tmp_path
         if dataset_id.startswith("kuairand_pure_window"):
             write_window(raw, kuairand_log(0, WINDOW_DAYS))
         elif dataset_id == "kuairand_pure":
@@ -82,12 +88,19 @@ def test_config_is_whole_and_says_where_it_comes_from(path):
     config, text = load(path), path.read_text()
     assert set(config) == REQUIRED
     header = text[: text.index(f"\n{path.stem}:")]
-    for word in ("# Source: ", "# Protocol: ", "# Rows: ", f"# Prepare: flowctr prepare {path.stem} --raw "):
+    for word in ("# Source: ", "# Protocol: ", "# Rows: ", f": flowctr prepare {path.stem} --raw "):
         assert word in header
     assert config["data_root"] == "data/built"
     for split in ("train_data", "valid_data", "test_data"):
-        assert config[split].startswith(f"data/prepared/{path.stem}/")
+        folder = "data/kuairand_tiny/" if path.stem == "kuairand_tiny" else f"data/prepared/{path.stem}/"
+        assert config[split].startswith(folder)
     assert (config["valid_data"] == config["test_data"]) == path.stem.endswith(("_x1", "_din"))
+
+
+def test_the_tiny_tables_are_those_that_prepare_makes(tmp_path):
+    for path in prepare("kuairand_tiny", TINY.parent / "kuairand_pure_window", tmp_path):
+        shipped = pl.read_parquet(TINY / path.name)
+        assert shipped.equals(pl.read_parquet(path)) and not shipped.is_empty()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

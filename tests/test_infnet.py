@@ -15,7 +15,7 @@ SMALL = {
     "num_field_hubs": 3,
     "num_task_hubs": 2,
     "hub_hidden_units": 10,
-    "head_hidden_units": [6],
+    "head_hidden_units": [16],
     "behaviors": BEHAVIORS,
     "embedding_initializer": WIDE_INITIALIZER,
 }
@@ -130,12 +130,12 @@ def groups_of(model, batch, row):
         real = [t for t in range(8) if batch[columns[0]][row, t]]
         steps = [torch.cat([tables[c].weight[batch[c][row, t]] for c in columns]) for t in real]
         if len(columns) > 1:
-            steps = [dense(model.event_tokens.project[behavior], step) for step in steps]
+            steps = [dense(model.event_tokens.project[list(BEHAVIORS).index(behavior)], step) for step in steps]
         if model.event_tokens.positions is not None:
-            positions = model.event_tokens.positions.tokens
+            positions = model.event_tokens.positions.weight
             steps = [step + positions[index - len(steps)] for index, step in enumerate(steps)]
         events[behavior] = steps
-    return fields, events, list(model.task_tokens.tokens)
+    return fields, events, list(model.task_tokens.weight)
 
 
 def add(*lists):
@@ -145,7 +145,7 @@ def add(*lists):
 def v1_reference(model, batch, row):
     c, events, t = groups_of(model, batch, row)
     s = events["watch"] + events["like"]
-    hubs = {"tasks": list(model.initial_hubs["tasks"].shared.tokens)}
+    hubs = {"tasks": list(model.initial_hubs["tasks"].shared.weight)}
     if len(model.blocks) > 1:  # a single block reads no other hubs
         hubs["fields"] = list(mlp(model.initial_hubs["fields"].mlp, torch.cat(c)).split(8))
         phi = model.initial_hubs["sequence"].shared
@@ -172,11 +172,13 @@ def v1_reference(model, batch, row):
 def v2_reference(model, batch, row):
     c, events, t = groups_of(model, batch, row)
     tokens = {"tasks": t, "fields": c, "sequence": events["watch"] + events["like"]}
-    hubs = {"tasks": t + list(model.initial_hubs["tasks"].shared.tokens)}
+    hubs = {"tasks": t + list(model.initial_hubs["tasks"].shared.weight)}
     if len(model.blocks) > 1:  # a single block reads no other hubs
         hubs["fields"] = list(mlp(model.initial_hubs["fields"].mlp, torch.cat(c)).split(8))
         typed = model.initial_hubs["sequence"].typed
-        sums = {name: sum((mlp(typed[name], e) for e in steps), torch.zeros(8)) for name, steps in events.items()}
+        sums = {
+            name: sum((mlp(phi, e) for e in steps), torch.zeros(8)) for phi, (name, steps) in zip(typed, events.items())
+        }
         hubs["sequence"] = [total / (len(events[name]) or 1) for name, total in sums.items()]
     for block in model.blocks:
         aggregation, refined = block.aggregation, {}
@@ -207,11 +209,6 @@ def test_forward_equals_a_loop_over_the_equations(version, reference, num_blocks
                 torch.testing.assert_close(out[row], torch.cat(expected), atol=1e-9, rtol=0)
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-def block_shapes(block, inputs):
-    tokens, hubs, _ = inputs
-    return {g: x.shape for g, x in tokens.items()}, {g: x.shape for g, x in hubs.items()}
 
 
 def test_blocks_keep_the_shapes_of_the_groups():
@@ -275,7 +272,7 @@ CHANGES = {
     "residual": False,
     "head_input": "both",
     "task_blind": True,
-    "head_hidden_units": [6, 6],
+    "head_hidden_units": [16, 6],
     "head_activation": "SiLU",
     "batch_norm": True,
 }
@@ -335,15 +332,52 @@ def test_more_hubs_than_tokens_is_a_warning():
         build(num_field_hubs=9)
 
 
+def feature_map_with(fields, behaviors, labels=LABELS, max_len=8):
+    """The toy data with some of its columns only."""
+    feature_map = toy_feature_map(labels, max_len)
+    keep = {*fields, *(column for columns in behaviors.values() for column in columns)}
+    for name in set(feature_map.features) - keep:
+        del feature_map.features[name]
+    return feature_map
+
+
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_data_without_sequences_and_with_a_single_field(version):
-    feature_map = toy_feature_map(("click",))
-    for name in list(feature_map.features):
-        if name != "item":
-            del feature_map.features[name]
-    model = INFNet(feature_map, version=version, **{**MODEL_ARGUMENTS, **SMALL, "behaviors": None, "num_field_hubs": 1})
-    prediction = model(toy_batch(feature_map))["y_pred"]
-    assert torch.isfinite(prediction).all() and prediction.std() > 0
+@pytest.mark.parametrize("labels", [("click",), LABELS], ids=["one label", "three labels"])
+@pytest.mark.parametrize(
+    ("fields", "behaviors", "max_len"),
+    [
+        (["item", "user"], {}, 8),
+        (["item"], {"watch": ["watch_item"]}, 8),
+        (["item", "user"], {"keys": ["watch_item"], "a.b": ["like_item"]}, 8),
+    ],
+)
+def test_small_data_sets_work_and_every_parameter_is_reached(version, labels, fields, behaviors, max_len):
+    feature_map = feature_map_with(fields, behaviors, labels, max_len)
+    torch.manual_seed(4)
+    options = {**MODEL_ARGUMENTS, **SMALL, "behaviors": behaviors, "num_field_hubs": 1}
+    model = INFNet(feature_map, version=version, **options)
+    batch = toy_batch(feature_map, rows=64, longest=max_len)
+    model.compute_loss(model(batch), model.get_labels(batch)).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("behaviors", [{"watch": ["watch_item"]}, {"watch": ["watch_item"], "like": ["like_item"]}])
+def test_histories_of_one_event(version, behaviors):
+    """A real event counts, an empty history does not, and longer padding changes nothing."""
+    options = {**MODEL_ARGUMENTS, **SMALL, "behaviors": behaviors, "num_field_hubs": 1}
+    model = INFNet(feature_map_with(["item"], behaviors, max_len=1), version=version, **options).eval()
+    batch = toy_batch(feature_map_with(["item"], behaviors, max_len=1), longest=1)
+    longer = toy_batch(feature_map_with(["item"], behaviors, max_len=8), longest=1, padding="pre")
+    torch.testing.assert_close(predict(model, longer), predict(model, batch), atol=1e-5, rtol=0)
+    maps = model.attention_maps(batch)
+    assert all(weights.shape == (len(rows), len(columns)) for weights, rows, columns in maps.values())
+
+
+def test_data_with_nothing_to_exchange_is_refused():
+    feature_map = feature_map_with(["item"], {}, ("click",))
+    with pytest.raises(ValueError, match="nothing to exchange"):
+        INFNet(feature_map, **{**MODEL_ARGUMENTS, **SMALL, "behaviors": None, "num_field_hubs": 1})
 
 
 @pytest.mark.parametrize("variant", [{"version": "v1"}, {"version": "v2"}, {"aggregation": "all_to_all"}])

@@ -149,7 +149,7 @@ def loop_reference(model, batch, row):
 
     def sequence_summary(layer, s):
         sequence = model.sequence_summaries[layer]
-        pooled = [attend(sequence.pma.attention, query, s) for query in sequence.pma.queries.tokens]
+        pooled = [attend(sequence.pma.attention, query, s) for query in sequence.pma.queries.weight]
         recent = ([torch.zeros(8)] * 2 + s[3:])[-2:]
         return [gate(sequence.gate, token) for token in s[:3] + pooled + recent]
 
@@ -163,7 +163,7 @@ def loop_reference(model, batch, row):
         dots = torch.stack([z[i] @ z[j] for i in range(len(z)) for j in range(i + 1, len(z))])
         dhen = interaction.interaction
         ensemble = dense(dhen.dot.to_tokens, dots) + flat * dense(dhen.dcn.up, dense(dhen.dcn.down, flat)) + flat
-        x = list(dense(interaction.to_fields, torch.cat([norm(dhen.norm, t) for t in ensemble.split(8)])).split(8))
+        x = list(dense(interaction.to_fields[1], torch.cat([norm(dhen.norm, t) for t in ensemble.split(8)])).split(8))
         w = sum(torch.outer(token, weight) for token, weight in zip(x_sum, arch.ffn.weight))
         s = [token + w @ norm(arch.norm_ffn, token) for token in s]
         normed = [norm(arch.norm_attention, token) for token in s]
@@ -217,10 +217,10 @@ def test_each_flow_passes_exactly_its_own_information(flow, interaction, fields_
 
 def test_a_removed_flow_drops_its_tokens():
     """Without sequence summaries the Interaction Arch is smaller; it is not fed zeros in their place."""
-    inputs = {flow: build(flow=flow).interaction_archs[0].to_fields.in_features // 8 for flow in ("sep", "int")}
+    inputs = {flow: build(flow=flow).interaction_archs[0].to_fields[1].in_features // 8 for flow in ("sep", "int")}
     assert inputs == {"sep": 4, "int": 4 + 3 + 2 + 2}
     sole = build(flow="sole")
-    assert sole.interaction_archs[0].to_fields.in_features // 8 == 4 + 3
+    assert sole.interaction_archs[0].to_fields[1].in_features // 8 == 4 + 3
     assert not hasattr(sole, "masknet") and not hasattr(sole, "sequence_archs")
 
 
@@ -248,7 +248,7 @@ def test_the_field_summary_carries_a_signal_at_fuxictrs_initialisation():
     assert 0.1 < (s[mask].std() / x.std()).item() < 10  # MaskNet does not extinguish the sequence either
 
 
-def feature_map_of(categorical, columns, numeric, embeddings=0):
+def feature_map_of(categorical, columns, numeric):
     feature_map = toy_feature_map()
     categorical_spec, sequence_spec = feature_map.features["item"], dict(feature_map.features["like_item"])
     del sequence_spec["share_embedding"]
@@ -287,6 +287,9 @@ CHANGES = {
     "aggregation": "avg",
     "gating": "tanh",
     "pffn": "hyper",
+    "pma_reads_cls": False,
+    "sequence_residual": False,
+    "field_map": "lce",
     "use_pma": False,
     "use_recent": False,
     "use_gating": False,
@@ -333,6 +336,8 @@ def test_no_argument_is_left_untested():
     [
         ({"flow": "both"}, "flow must be one of sole, sep, n2s, s2n, int; got 'both'"),
         ({"num_heads": 3}, "num_heads must divide dim; got num_heads=3, dim=8"),
+        ({"num_heads": 8}, "even width per head; got embedding_dim=8, num_heads=8"),
+        ({"aggregation": "avg", "use_mha": False}, "switches of aggregation='selective'; got aggregation='avg'"),
         ({"num_cls": 0}, "num_cls must be a whole number of at least 1; got 0"),
         ({"aggregation": "sum"}, "aggregation must be one of"),
         ({"behaviors": {}}, "needs a sequence feature"),
@@ -353,6 +358,40 @@ def test_attention_maps_are_averages_over_real_queries():
     assert maps["PMA before layer 1"][0].sum(axis=1) == pytest.approx([1, 1], abs=1e-5)
     never_reached = weights[:, 3]  # 8 events back: histories have at most 7
     assert never_reached == pytest.approx(0)
+
+
+@pytest.mark.parametrize("options", [{"pma_reads_cls": False}, {"aggregation": "mha"}, {"num_pma": 11}])
+def test_attention_maps_have_a_name_for_every_row_and_column(options):
+    maps = build(**options).attention_maps(toy_batch(toy_feature_map()))
+    assert "self-attention, layer 1" in maps
+    assert any(name.startswith("PMA") for name in maps) == ("aggregation" not in options)
+    for weights, rows, columns in maps.values():
+        assert weights.shape == (len(rows), len(columns))
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("interaction", ["dot", "dcnv2", "dhen"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(
+            {"flow": flow, "aggregation": a}
+            for flow in ("sole", "sep", "n2s", "s2n", "int")
+            for a in ("selective", "mha")
+        ),
+        *({name: False} for name in ("use_pma", "use_recent", "use_gating", "use_pffn", "use_mha")),
+        *({"flow": flow, "use_mha": False, "use_pffn": False} for flow in ("sep", "n2s", "s2n")),
+        {"aggregation": "avg"},
+        {"aggregation": "mlp"},
+        {"field_map": "lce", "pma_reads_cls": False, "sequence_residual": False},
+    ],
+    ids=str,
+)
+def test_the_loss_reaches_every_parameter(options, interaction, num_layers):
+    model = build(interaction=interaction, num_layers=num_layers, head_hidden_units=[32], **options)
+    batch = toy_batch(toy_feature_map(), rows=64)
+    model.compute_loss(model(batch), model.get_labels(batch)).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
 def test_forward_compiles_without_graph_breaks():

@@ -127,7 +127,7 @@ def test_attention_ignores_what_padded_tokens_hold():
 
 def test_pooling_reads_with_its_own_queries():
     pooling, tokens, mask = layers.AttentionPooling(2, D, H), torch.randn(B, T, D), random_mask()
-    expected = pooling.attention(torch.stack([pooling.queries.tokens] * B), tokens, mask)
+    expected = pooling.attention(torch.stack([pooling.queries.weight] * B), tokens, mask)
     torch.testing.assert_close(pooling(tokens, mask), expected)
 
 
@@ -244,10 +244,8 @@ def test_tokens_are_what_the_tables_hold():
             if steps:
                 torch.testing.assert_close(events[behavior][row, 8 - len(real) :], torch.stack(steps))
             assert events[behavior][row, : 8 - len(real)].abs().sum() == 0
-    pooled = tokens.pool(events, masks)
-    torch.testing.assert_close(
-        pooled, torch.cat([layers.masked_mean(events[b], masks[b]).unflatten(1, (-1, D)) for b in BEHAVIORS], dim=1)
-    )
+    means = [layers.masked_mean(events[b], masks[b]).unflatten(1, (-1, D)) for b in BEHAVIORS]
+    torch.testing.assert_close(tokens.append_pooled(fields, events, masks), torch.cat([fields, *means], dim=1))
 
 
 def test_shared_tables_are_shared_whatever_the_order_of_the_feature_map():
@@ -256,6 +254,21 @@ def test_shared_tables_are_shared_whatever_the_order_of_the_feature_map():
     tables = layers.FeatureTokens(feature_map, D, BEHAVIORS).embedding.embedding_layers
     assert tables["watch_item"] is tables["item"] and tables["like_item"] is tables["item"]
     assert tables["item"].weight.std().item() == pytest.approx(1e-4, rel=0.3)
+
+
+def test_columns_that_share_a_table_take_its_width_and_find_its_owner():
+    feature_map = toy_feature_map()
+    feature_map.features["item"]["embedding_dim"] = 3
+    feature_map.features["like_item"]["share_embedding"] = "watch_item"  # which itself shares with item
+    tokens = layers.FeatureTokens(feature_map, D, BEHAVIORS)
+    tables = tokens.embedding.embedding_layers
+    assert tables["like_item"] is tables["watch_item"] is tables["item"] and tables["item"].embedding_dim == 3
+    _, events, _ = tokens(toy_batch(feature_map))
+    assert events["watch"].shape[-1] == 2 * D
+
+    feature_map.features["watch_item"]["share_embedding"] = "video"
+    with pytest.raises(ValueError, match="shares the embedding of 'video', which is not a feature"):
+        layers.FeatureTokens(feature_map, D, BEHAVIORS)
 
 
 def test_columns_outside_the_behaviors_are_pooled_and_widths_resized():
@@ -304,6 +317,16 @@ def test_wrong_options_are_named(build, message):
     with pytest.raises(ValueError) as error:
         build()
     assert message in str(error.value)
+
+
+def test_odd_widths_cannot_be_rotated():
+    with pytest.raises(ValueError, match="even width per head; got 3"):
+        layers.rotate(torch.randn(1, 1, 2, 3), torch.zeros(1, 2))
+
+
+def test_heads_widen_half_precision_logits():
+    heads = layers.TaskHeads(D, ["a"], [5], [nn.Sigmoid()]).bfloat16()
+    assert heads(torch.randn(B, D, dtype=torch.bfloat16))["a_pred"].dtype == torch.float32
 
 
 def test_the_vocabulary_of_the_toy_data_is_covered():

@@ -40,16 +40,18 @@ def toy_feature_map(labels=("click",), max_len=8) -> FeatureMap:
     return feature_map
 
 
-def toy_batch(feature_map, rows=12, seed=0, padding="post") -> dict[str, torch.Tensor]:
-    """Draws a batch with histories of all lengths, the first row's empty; the same events for either padding."""
+def toy_batch(feature_map, rows=12, seed=0, padding="post", longest=7) -> dict[str, torch.Tensor]:
+    """Draws a batch with histories up to ``longest``, the first row's empty; the same events for either padding."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 8, (rows, 1), generator=generator)
+    lengths = torch.randint(0, longest + 1, (rows, 1), generator=generator)
     lengths[0] = 0
     batch = {}
     for name, spec in feature_map.features.items():
         if spec["type"] == "sequence":
             events = torch.randint(1, VOCABULARY, (rows, 8), generator=generator)
-            batch[name] = pad(events, lengths // (2 if name.startswith("like") else 1), spec["max_len"], padding)
+            batch[name] = pad(
+                events, lengths // (2 if name.startswith("like") and longest > 1 else 1), spec["max_len"], padding
+            )
         elif spec["type"] == "numeric":
             batch[name] = torch.randn(rows, generator=generator)
         else:

@@ -2,8 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from fuxictr.pytorch.layers import MLP_Block
 from torch import Tensor, nn
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Widens half-precision logits: scores rounded to 8 bits would tie rows that AUC and gAUC should tell apart."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class TaskHeads(nn.Module):
@@ -56,7 +62,7 @@ class TaskHeads(nn.Module):
         """
         inputs = x.unbind(dim=1) if x.dim() == 3 else [x] * len(self.labels)
         predictions = {
-            f"{label}_pred": activation(tower(task_input))
+            f"{label}_pred": activation(_at_least_float32(tower(task_input)))
             for label, tower, activation, task_input in zip(self.labels, self.towers, self.activations, inputs)
         }
         if len(self.labels) == 1:

@@ -14,14 +14,14 @@ class LearnedTokens(nn.Module):
 
     def __init__(self, num_tokens: int, dim: int):
         super().__init__()
-        self.tokens = nn.Parameter(torch.empty(num_tokens, dim))
+        self.weight = nn.Parameter(torch.empty(num_tokens, dim))
         self.output_dim = dim
         self.init_weights()
 
     def init_weights(self) -> None:
         """Draws the tokens (xavier normal)."""
-        nn.init.xavier_normal_(self.tokens)
+        nn.init.xavier_normal_(self.weight)
 
     def forward(self, batch_size: int) -> Tensor:
         """Repeats the tokens, ``(B, N, D)``."""
-        return self.tokens.expand(batch_size, -1, -1)
+        return self.weight.expand(batch_size, -1, -1)

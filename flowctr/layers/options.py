@@ -21,5 +21,5 @@ def check_positive(**counts: int) -> None:
         ValueError: Naming the count and its value.
     """
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")

@@ -17,7 +17,12 @@ def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
 
     Returns:
         Rotated ``x``, ``(B, H, T, D)``.
+
+    Raises:
+        ValueError: If D is odd.
     """
+    if x.shape[-1] % 2:
+        raise ValueError(f"rotary positions need an even width per head; got {x.shape[-1]}")
     half = x.shape[-1] // 2
     frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angles = positions[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)

@@ -34,7 +34,8 @@ class FeatureTokens(nn.Module):
 
     Raises:
         ValueError: If ``behaviors`` names a column that is not a sequence of the data set, names one twice, or aligns
-            columns of different ``max_len``; or if there is no field to make a token of.
+            columns of different ``max_len``; if there is no field to make a token of; or if a column shares the
+            embedding of one that does not exist.
     """
 
     def __init__(
@@ -55,14 +56,15 @@ class FeatureTokens(nn.Module):
         ]
         if not self.fields and not self.numeric:
             raise ValueError(f"data set {feature_map.dataset_id!r} has no field beside its sequences and meta columns")
+        view = _embedding_view(feature_map, columns)
         self.embedding = FeatureEmbeddingDict(
-            _embedding_view(feature_map, columns),
+            view,
             dim,
             embedding_initializer=embedding_initializer,
             not_required_feature_columns=self.numeric,
         )
         self.dense = nn.Linear(len(self.numeric), dim) if self.numeric else None
-        widths = {name: _embedded_width(specs[name], dim) for name in self.fields + columns}
+        widths = {name: _embedded_width(view.features[name], dim) for name in self.fields + columns}
         self.resize = nn.ModuleDict(
             {name: nn.Linear(width, dim, bias=False) for name, width in widths.items() if width != dim}
         )
@@ -102,10 +104,11 @@ class FeatureTokens(nn.Module):
             tokens.insert(0, self.dense(values.to(self.dense.weight.dtype)))
         return torch.stack(tokens, dim=1), events, masks
 
-    def pool(self, events: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
-        """Averages every sequence column over its real events: one token per column, ``(B, columns, D)``."""
+    def append_pooled(self, fields: Tensor, events: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
+        """Appends the mean of every sequence column's real events to the field tokens, ``(B, N + columns, D)``."""
         means = [masked_mean(events[behavior], masks[behavior]) for behavior in self.behaviors]
-        return torch.cat(means, dim=-1).unflatten(-1, (-1, self.output_dim))
+        pooled = [mean.unflatten(-1, (-1, self.output_dim)) for mean in means]
+        return torch.cat([fields, *pooled], dim=1)
 
     def _align(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         aligned, masks = {}, {}
@@ -145,20 +148,36 @@ def _check_behaviors(feature_map: FeatureMap, behaviors: Mapping[str, Sequence[s
 def _embedding_view(feature_map: FeatureMap, event_columns: Sequence[str]) -> FeatureMap:
     """Copies the feature map for the embedding tables: event columns stay unpooled, other sequences are pooled.
 
-    Columns that share another one's table come last: FuxiCTR only shares with a table that exists already, and leaves
-    one that it could not share at torch's N(0, 1).
+    Columns that share a table name the one that owns it and come last: FuxiCTR only shares with a table that exists
+    already, and leaves one that it could not share at torch's N(0, 1).
     """
     features = {}
     for name, spec in feature_map.features.items():
         spec = dict(spec)
         if name in event_columns:
             spec.pop("feature_encoder", None)
+            spec.pop("emb_output_dim", None)  # the width behind the encoder
         elif spec["type"] == "sequence":
             spec.setdefault("feature_encoder", MEAN_POOLING)
-        features[name] = spec
+        if spec.get("share_embedding"):
+            owner = _table_owner(feature_map, name)
+            spec["share_embedding"] = owner
+            spec["embedding_dim"] = feature_map.features[owner].get("embedding_dim")
+        features[name] = {key: value for key, value in spec.items() if value is not None}
     view = copy.copy(feature_map)
     view.features = OrderedDict(sorted(features.items(), key=lambda item: "share_embedding" in item[1]))
     return view
+
+
+def _table_owner(feature_map: FeatureMap, name: str) -> str:
+    owner = name
+    while shared := feature_map.features[owner].get("share_embedding"):
+        if shared not in feature_map.features:
+            raise ValueError(
+                f"{name!r} shares the embedding of {shared!r}, which is not a feature of {feature_map.dataset_id!r}"
+            )
+        owner = shared
+    return owner
 
 
 def _embedded_width(spec: Mapping, dim: int) -> int:

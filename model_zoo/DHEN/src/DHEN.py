@@ -8,7 +8,6 @@ Differs from the paper:
   * The ensemble is the sum, which keeps the token count, so that the shortcut is the identity.
 """
 
-import torch
 from flowctr.layers import DHENLayer, FeatureTokens, TaskHeads, check_positive
 from fuxictr.pytorch.models import MultiTaskModel
 from torch import nn
@@ -79,7 +78,7 @@ class DHEN(MultiTaskModel):
     def forward(self, inputs):
         """Predicts every label, ``{"<label>_pred": (B, 1)}`` (and ``"y_pred"`` when there is one label)."""
         fields, events, masks = self.tokens(self.get_inputs(inputs))
-        z = torch.cat([fields, self.tokens.pool(events, masks)], dim=1)  # (B, N, D)
+        z = self.tokens.append_pooled(fields, events, masks)  # (B, N, D)
         for layer in self.layers:
             z = layer(z)
         return self.heads(z.flatten(1))

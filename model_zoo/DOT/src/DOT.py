@@ -72,5 +72,5 @@ class DOT(MultiTaskModel):
     def forward(self, inputs):
         """Predicts every label, ``{"<label>_pred": (B, 1)}`` (and ``"y_pred"`` when there is one label)."""
         fields, events, masks = self.tokens(self.get_inputs(inputs))
-        z = torch.cat([fields, self.tokens.pool(events, masks)], dim=1)  # (B, N, D)
+        z = self.tokens.append_pooled(fields, events, masks)  # (B, N, D)
         return self.heads(torch.cat([z.flatten(1), pairwise_dots(z)], dim=1))

@@ -19,15 +19,16 @@ import torch
 from flowctr.layers import (
     FeatureTokens,
     LearnedTokens,
-    MultiHeadAttention,
     TaskHeads,
     check_options,
     check_positive,
-    masked_mean,
     record_attention,
 )
 from fuxictr.pytorch.models import MultiTaskModel
 from torch import nn
+
+from .blocks import Block, Broadcast, build_aggregation
+from .hubs import EventTokens, FieldHubs, SequenceHubs, TaskHubs
 
 PRESETS = {
     "v1": {
@@ -160,6 +161,7 @@ class INFNet(MultiTaskModel):
             num_field_hubs=use.num_field_hubs,
             num_task_hubs=use.num_task_hubs,
             hubs_per_behavior=hubs_per_behavior,
+            hub_hidden_units=hub_hidden_units,
         )
         _check_heads_are_fed(use.aggregation, use.broadcast, gate_hubs, head_input, task_blind)
         self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
@@ -167,6 +169,11 @@ class INFNet(MultiTaskModel):
         dim, labels, num_fields = embedding_dim, feature_map.labels, self.tokens.num_fields
         sizes = {"tasks": 0 if task_blind else len(labels), "fields": num_fields, "sequence": self.tokens.max_len}
         sizes = {group: size for group, size in sizes.items() if size}
+        if (len(sizes) == 1 and use.aggregation == "cross") or (set(sizes.values()) == {1} and "sequence" not in sizes):
+            raise ValueError(
+                f"data set {feature_map.dataset_id!r} leaves INFNet nothing to exchange: its token groups are {sizes}; "
+                "it needs a sequence, or more fields or labels"
+            )
         hybrid = use.aggregation != "cross"  # v2's task hubs start with the task tokens, v1's are shared ones only
         num_shared = use.num_task_hubs if use.broadcast != "none" else 0  # only a broadcast reads the shared ones
         num_hubs = {
@@ -194,7 +201,7 @@ class INFNet(MultiTaskModel):
         attend = {"dim": dim, "num_heads": num_heads, "dropout": attention_dropout}
         self.blocks = nn.ModuleList(
             Block(
-                _aggregation(use.aggregation, refined, sizes, residual, attend),
+                build_aggregation(use.aggregation, refined, sizes, residual, attend),
                 Broadcast(gated, num_hubs, dim, use.broadcast, bgu_expansion, residual),
                 gate_hubs == "refined",
             )
@@ -204,7 +211,7 @@ class INFNet(MultiTaskModel):
             "tasks": lambda: TaskHubs(num_shared, dim, hybrid),
             "fields": lambda: FieldHubs(hub_init, num_fields, use.num_field_hubs, dim, hub_hidden_units),
             "sequence": lambda: SequenceHubs(
-                hub_init, use.sequence_pooling, list(self.tokens.behaviors), hubs_per_behavior, dim
+                hub_init, use.sequence_pooling, len(self.tokens.behaviors), hubs_per_behavior, dim
             ),
         }
         self.initial_hubs = nn.ModuleDict({group: build_hubs[group]() for group in initial_hubs})
@@ -244,7 +251,7 @@ class INFNet(MultiTaskModel):
             tokens["tasks"] = self.task_tokens(len(fields))
         tokens["fields"] = fields
         if columns:
-            events = {name: (self.event_tokens(name, columns[name]), column_masks[name]) for name in columns}
+            events = {name: (s, column_masks[name]) for name, s in self.event_tokens(columns).items()}
             tokens["sequence"] = torch.cat([event for event, _ in events.values()], dim=1)  # (B, L, D)
             masks["sequence"] = torch.cat(list(column_masks.values()), dim=1)  # (B, L)
         return tokens, masks, events
@@ -269,313 +276,26 @@ class INFNet(MultiTaskModel):
 
         Returns:
             Name -> (weights ``(tasks, fields + behaviours)``, row names, column names); the events of a behaviour are
-            summed up. Weights over one group sum to one, unless the aggregation takes one softmax over all groups.
+            summed up. The weights over one group sum to one in a row that has events, unless the aggregation takes one
+            softmax over all groups.
         """
         self.eval()
         with record_attention(self) as recorded:
             self.forward(inputs)
         steps = [inputs[columns[0]].shape[1] for columns in self.tokens.behaviors.values()]
-        lengths = [1] * self.tokens.num_fields + steps
+        num_fields = self.tokens.num_fields
         names = self.tokens.field_names + list(self.tokens.behaviors)
         maps = {}
         for number in range(0 if self.task_blind else len(self.blocks)):
-            weights = _task_weights(recorded, f"blocks.{number}.aggregation", self.num_tasks, lengths)
-            summed = torch.stack([part.sum(dim=-1) for part in weights.split(lengths, dim=-1)], dim=-1)
+            weights = _task_weights(recorded, f"blocks.{number}.aggregation", self.num_tasks, num_fields, sum(steps))
+            parts = weights.split([1] * num_fields + steps, dim=-1)
+            summed = torch.stack([part.sum(dim=-1) for part in parts], dim=-1)
             maps[f"tasks over inputs, block {number + 1}"] = (
                 summed.cpu().numpy(),
                 list(self.feature_map.labels),
                 names,
             )
         return maps
-
-
-class Block(nn.Module):
-    """One exchange: hubs aggregate the tokens, then broadcast to the tokens of their own group."""
-
-    def __init__(self, aggregation, broadcast, gates_follow):
-        super().__init__()
-        self.aggregation, self.broadcast, self.gates_follow = aggregation, broadcast, gates_follow
-
-    def forward(self, tokens, hubs, masks):
-        """Maps tokens and hubs of each group, ``(B, N, D)``, to those of the next block."""
-        tokens, refined = self.aggregation(tokens, hubs, masks)
-        return self.broadcast(tokens, refined if self.gates_follow else hubs), refined
-
-
-class CrossAggregation(nn.Module):
-    """v1, heterogeneous stage: ``C~ <- CA(C~, S, S) + CA(C~, T, T)``, likewise ``S~``, ``T~`` and the task tokens T.
-
-    Proxies read the original tokens of the other two groups; of the tokens, only the tasks read (T hat).
-    """
-
-    def __init__(self, refined, sizes, residual, attend):
-        super().__init__()
-        readers = {**{f"{group}_hubs": group for group in refined}, **({"tasks": "tasks"} if "tasks" in sizes else {})}
-        self.flows = nn.ModuleDict(
-            {
-                reader: nn.ModuleDict({source: _view(size, attend) for source, size in sizes.items() if source != own})
-                for reader, own in readers.items()
-            }
-        )
-        self.norms = nn.ModuleDict({reader: ResidualNorm(attend["dim"], residual) for reader in readers})
-
-    def forward(self, tokens, hubs, masks):
-        """Returns the tokens with the tasks replaced by T hat, and the refined proxies."""
-        streams = {**{f"{group}_hubs": x for group, x in hubs.items()}, **tokens}
-        read = {
-            reader: self.norms[reader](
-                streams[reader], sum(view(streams[reader], tokens[s], masks[s]) for s, view in sources.items())
-            )
-            for reader, sources in self.flows.items()
-        }
-        refined = {name.removesuffix("_hubs"): x for name, x in read.items() if name != "tasks"}
-        return {**tokens, **({"tasks": read["tasks"]} if "tasks" in read else {})}, refined
-
-
-class ViewAggregation(nn.Module):
-    """v2, phase 1: ``H_g <- LN(H_g + [CA(H_g, C, C); CA(H_g, S, S); CA(H_g, T, T)] W_g)`` for every hub group g.
-
-    Keys and values of a source are shared by the hub groups, queries belong to their group. ``views_sum`` adds the
-    views instead of concatenating them; ``union`` is one attention over all tokens.
-    """
-
-    def __init__(self, kind, refined, sizes, residual, attend):
-        super().__init__()
-        dim = attend["dim"]
-        sources = {"all": sum(sizes.values())} if kind == "union" else sizes
-        self.concatenates = kind == "views"
-        self.queries = nn.ModuleDict({group: nn.Linear(dim, dim) for group in refined})
-        self.views = nn.ModuleDict({s: _view(size, attend, project=False) for s, size in sources.items()})
-        width = dim * len(sources) if self.concatenates else dim
-        self.fuse = nn.ModuleDict({group: nn.Linear(width, dim) for group in refined})
-        self.norms = nn.ModuleDict({group: ResidualNorm(dim, residual) for group in refined})
-
-    def forward(self, tokens, hubs, masks):
-        """Returns the tokens as they are, and the refined hubs."""
-        queries = torch.cat([query(hubs[group]) for group, query in self.queries.items()], dim=1)
-        if "all" in self.views:
-            tokens_of, mask_of = {"all": torch.cat(list(tokens.values()), dim=1)}, {"all": _joint_mask(tokens, masks)}
-        else:
-            tokens_of, mask_of = tokens, masks
-        views = [view(queries, tokens_of[source], mask_of[source]) for source, view in self.views.items()]
-        fused = torch.cat(views, dim=-1) if self.concatenates else sum(views)  # (B, all hubs, 3 D) or (B, all hubs, D)
-        parts = fused.split([hubs[group].shape[1] for group in self.queries], dim=1)
-        return tokens, {
-            group: self.norms[group](hubs[group], self.fuse[group](z)) for group, z in zip(self.queries, parts)
-        }
-
-
-class AllToAll(nn.Module):
-    """Ablation without hubs: a transformer layer over all tokens, ``X <- LN(X + MHA(X))``, ``X <- LN(X + FFN(X))``."""
-
-    def __init__(self, attend):
-        super().__init__()
-        dim = attend["dim"]
-        self.views = nn.ModuleDict({"all": MultiHeadAttention(**attend)})
-        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
-        self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
-
-    def forward(self, tokens, hubs, masks):
-        """Returns the updated tokens, and no hubs."""
-        x = torch.cat(list(tokens.values()), dim=1)  # (B, N, D)
-        x = self.norm_attention(x + self.views["all"](x, x, _joint_mask(tokens, masks)))
-        x = self.norm_ffn(x + self.ffn(x))
-        return dict(zip(tokens, x.split([group.shape[1] for group in tokens.values()], dim=1))), hubs
-
-
-class Broadcast(nn.Module):
-    """Phase 2: ``X_g <- LN(X_g + unit(X_g, H_g))`` with v1's PGU or v2's BGU, for every group that is read later."""
-
-    def __init__(self, gated, num_hubs, dim, unit, bgu_expansion, residual):
-        super().__init__()
-        build = {
-            "pgu": lambda hubs: ProxyGatedUnit(hubs, dim),
-            "bgu": lambda hubs: BroadcastGatedUnit(hubs, dim, bgu_expansion),
-        }
-        self.units = nn.ModuleDict({group: build[unit](num_hubs[group]) for group in gated})
-        self.norms = nn.ModuleDict({group: ResidualNorm(dim, residual) for group in gated})
-
-    def forward(self, tokens, hubs):
-        """Returns the tokens with the gated groups modulated by their hubs."""
-        gated = {
-            group: self.norms[group](tokens[group], unit(tokens[group], hubs[group]))
-            for group, unit in self.units.items()
-        }
-        return {**tokens, **gated}
-
-
-class ProxyGatedUnit(nn.Module):
-    """v1: ``PGU(X, X~) = X * sigmoid(MLP(flatten(X~)))``, one gate for all tokens of the group."""
-
-    def __init__(self, num_hubs, dim):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(num_hubs * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-
-    def forward(self, x, hubs):
-        """Gates the tokens ``(B, N, D)`` by the hubs ``(B, num_hubs, D)``."""
-        return x * self.mlp(hubs.flatten(1)).sigmoid().unsqueeze(1)
-
-
-class BroadcastGatedUnit(nn.Module):
-    """v2: ``BGU(x) = x * sigmoid(alpha) + beta`` with ``[alpha, beta] = MLP(flatten(H))``, starting near zero."""
-
-    def __init__(self, num_hubs, dim, expansion):
-        super().__init__()
-        hidden = expansion * dim
-        layers = [nn.Linear(num_hubs * dim, hidden), nn.ReLU()] if hidden else []
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden or num_hubs * dim, 2 * dim))
-        self.init_weights()
-
-    def init_weights(self):
-        """Draws the output layer a tenth of the usual size."""
-        nn.init.xavier_normal_(self.mlp[-1].weight, gain=0.1)
-
-    def forward(self, x, hubs):
-        """Modulates the tokens ``(B, N, D)`` by the hubs ``(B, num_hubs, D)``."""
-        alpha, beta = self.mlp(hubs.flatten(1)).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D) each
-        return x * alpha.sigmoid() + beta
-
-
-class FieldHubs(nn.Module):
-    """First field hubs: ``C~(0) = reshape(MLP(flatten(C)))``; or the mean plus a learned offset; or learned ones."""
-
-    def __init__(self, kind, num_fields, num_hubs, dim, hidden_units):
-        super().__init__()
-        self.num_hubs = num_hubs
-        if kind == "mlp":
-            self.mlp = nn.Sequential(
-                nn.Linear(num_fields * dim, hidden_units), nn.ReLU(), nn.Linear(hidden_units, num_hubs * dim)
-            )
-        else:
-            self.learned = LearnedTokens(num_hubs, dim)
-        self.kind = kind
-
-    def forward(self, tokens, events):
-        """Returns ``(B, num_hubs, D)``."""
-        fields = tokens["fields"]
-        if self.kind == "mlp":
-            return self.mlp(fields.flatten(1)).unflatten(-1, (self.num_hubs, -1))
-        learned = self.learned(len(fields))
-        return learned if self.kind == "random" else learned + fields.mean(dim=1, keepdim=True)
-
-
-class SequenceHubs(nn.Module):
-    """First sequence hubs, per behaviour a: ``sum_t phi(s_t)`` (v1, one phi) or ``mean_t MLP_a(s_t)`` (v2)."""
-
-    def __init__(self, kind, pooling, behaviors, hubs_per_behavior, dim):
-        super().__init__()
-        self.kind, self.sums, self.hubs_per_behavior = kind, pooling == "shared_sum", hubs_per_behavior
-        width = hubs_per_behavior * dim
-        if kind != "mlp":
-            self.learned = LearnedTokens(hubs_per_behavior * len(behaviors), dim)
-        elif self.sums:
-            self.shared = nn.Linear(dim, width)
-        else:
-            self.typed = nn.ModuleDict(
-                {name: nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, width)) for name in behaviors}
-            )
-
-    def forward(self, tokens, events):
-        """Returns ``(B, behaviours * hubs_per_behavior, D)``; without events, an ``mlp`` hub is zero."""
-        if self.kind == "random":
-            return self.learned(len(tokens["fields"]))
-        if self.kind == "mean":
-            means = [masked_mean(s, mask).repeat(1, self.hubs_per_behavior) for s, mask in events.values()]
-            return self._split(means) + self.learned(len(tokens["fields"]))
-        hubs = []
-        for name, (s, mask) in events.items():
-            mapped = self.shared(s) if self.sums else self.typed[name](s)  # (B, T, hubs_per_behavior D)
-            mean = masked_mean(mapped, mask)
-            hubs.append(mean * mask.sum(dim=1, keepdim=True) if self.sums else mean)
-        return self._split(hubs)
-
-    def _split(self, hubs):
-        return torch.stack(hubs, dim=1).unflatten(-1, (self.hubs_per_behavior, -1)).flatten(1, 2)
-
-
-class TaskHubs(nn.Module):
-    """First task hubs: learned ones that all tasks share (v1), behind the task tokens in v2, ``[T; T_shared]``."""
-
-    def __init__(self, num_shared, dim, hybrid):
-        super().__init__()
-        self.shared = LearnedTokens(num_shared, dim) if num_shared else None
-        self.hybrid = hybrid
-
-    def forward(self, tokens, events):
-        """Returns ``(B, n_s, D)`` or ``(B, K + n_s, D)``."""
-        hubs = [tokens["tasks"]] if self.hybrid else []
-        if self.shared is not None:
-            hubs.append(self.shared(len(tokens["fields"])))
-        return torch.cat(hubs, dim=1)
-
-
-class EventTokens(nn.Module):
-    """Event tokens of a behaviour: its columns mapped to the token width, plus a learned position p_t.
-
-    Positions count back from the most recent event, so that neither padding nor older events shift them.
-    """
-
-    def __init__(self, behaviors, max_len, dim, positions):
-        super().__init__()
-        self.max_len = max_len
-        self.project = nn.ModuleDict(
-            {name: nn.Linear(len(columns) * dim, dim) for name, columns in behaviors.items() if len(columns) > 1}
-        )
-        self.positions = LearnedTokens(max_len, dim) if positions else None  # the last one is the most recent event's
-
-    def forward(self, behavior, columns):
-        """Maps right-aligned columns ``(B, T, columns * D)`` to event tokens ``(B, T, D)``."""
-        s = self.project[behavior](columns) if behavior in self.project else columns
-        if self.positions is None:
-            return s
-        missing = s.shape[1] - self.max_len
-        return s + nn.functional.pad(self.positions(len(s)), (0, 0, missing, 0))
-
-
-class ResidualNorm(nn.Module):
-    """``LN(x + update)``; without ``residual``, the update alone (v1's equations as printed)."""
-
-    def __init__(self, dim, residual):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim) if residual else None
-
-    def forward(self, x, update):
-        """Combines two ``(B, N, D)``."""
-        return update if self.norm is None else self.norm(x + update)
-
-
-class OneTokenView(nn.Module):
-    """Attention over a group of one token: the softmax is 1, only the value projection is left."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.value = nn.Linear(dim, dim)
-
-    def forward(self, queries, tokens, mask):
-        """Gives every query ``(B, N, D)`` the value of the token ``(B, 1, D)``."""
-        return self.value(tokens).expand_as(queries)
-
-
-def _view(size, attend, project=True):
-    if size == 1:
-        return OneTokenView(attend["dim"])
-    return MultiHeadAttention(**attend, project_queries=project, project_output=False)
-
-
-def _aggregation(kind, refined, sizes, residual, attend):
-    if kind == "all_to_all":
-        return AllToAll(attend)
-    if kind == "cross":
-        return CrossAggregation(refined, sizes, residual, attend)
-    return ViewAggregation(kind, refined, sizes, residual, attend)
-
-
-def _joint_mask(tokens, masks):
-    """Joins the masks of all groups, ``(B, N)``; None if all tokens are real."""
-    if all(masks[group] is None for group in tokens):
-        return None
-    real = [x.new_ones(x.shape[:2], dtype=torch.bool) if masks[g] is None else masks[g] for g, x in tokens.items()]
-    return torch.cat(real, dim=1)
 
 
 def _plan_blocks(groups, num_blocks, *, broadcasts, gates_follow, head_reads_tokens, hubs_read):
@@ -608,15 +328,18 @@ def _check_heads_are_fed(aggregation, broadcast, gate_hubs, head_input, task_bli
         raise ValueError("task_blind reads the hubs, and aggregation='all_to_all' has none; use another aggregation")
 
 
-def _task_weights(recorded, prefix, num_tasks, lengths):
-    """Collects the attention of the task rows over fields and events, ``(K, fields + L)``, of one block."""
+def _task_weights(recorded, prefix, num_tasks, num_fields, num_steps):
+    """Collects the attention of the task rows over fields and events, ``(K, fields + L)``, of one block.
+
+    Averages over the rows of the batch; a row without events has no attention to them.
+    """
     if f"{prefix}.views.all" in recorded:  # queries and keys both start with the tasks
         return recorded[f"{prefix}.views.all"][:, :num_tasks, num_tasks:].mean(dim=0)
     parts = []
-    for source, size in (("fields", lengths.count(1)), ("sequence", sum(lengths) - lengths.count(1))):
+    for source, size in (("fields", num_fields), ("sequence", num_steps)):
         names = [name for name in (f"{prefix}.views.{source}", f"{prefix}.flows.tasks.{source}") if name in recorded]
         if names:
-            parts.append(recorded[names[0]][:, :num_tasks].mean(dim=0))
-        elif size:
+            parts.append(recorded[names[0]][:, :num_tasks].mean(dim=0).cpu())
+        elif size:  # attention over a single field
             parts.append(torch.ones(num_tasks, size))
     return torch.cat(parts, dim=-1)

@@ -8,6 +8,8 @@ Differs from the paper:
   * Gating is ``Y * sigmoid(MLP(Y))`` by default; the literal ``sigma(Y * MLP(Y))`` is
     ``gating: identity | tanh | sigmoid``.
   * PFFN and MHA sit in pre-LayerNorm residual branches; the formulas show neither, the text calls it a Transformer.
+    ``sequence_residual: false`` is the formula.
+  * MaskNet's mask starts at one (its output bias), so that the sequence has a signal at FuxiCTR's embedding scale.
   * Several labels get one head each on the same summaries; the paper predicts one.
   * Histories of several behaviours are aligned at their most recent event before they are concatenated per step.
 """
@@ -37,6 +39,7 @@ from torch import nn
 FLOWS = ("sole", "sep", "n2s", "s2n", "int")
 INTERACTIONS = ("dot", "dcnv2", "dhen")
 AGGREGATIONS = ("selective", "avg", "mlp", "mha")
+FIELD_MAPS = ("flatten", "lce")
 
 
 class InterFormer(MultiTaskModel):
@@ -61,6 +64,10 @@ class InterFormer(MultiTaskModel):
         aggregation: Sequence summary: ``selective`` (CLS, PMA, recent), ``avg``, ``mlp`` or ``mha``.
         gating: Form of the gating (see ``flowctr.layers.Gating``).
         pffn: Form of the personalised FFN (see ``flowctr.layers.PersonalizedFFN``).
+        pma_reads_cls: Whether PMA pools the CLS tokens together with the events.
+        sequence_residual: Whether PFFN and MHA are residual branches behind a LayerNorm; False: the printed formula.
+        field_map: How the Interaction Arch restores the shape of X: ``flatten`` (one linear map of all tokens) or
+            ``lce`` (along the token axis only, far fewer parameters).
         use_pma: Ablation: without the PMA tokens if False.
         use_recent: Ablation: without the recent tokens if False.
         use_gating: Ablation: summaries pass ungated if False.
@@ -100,6 +107,9 @@ class InterFormer(MultiTaskModel):
         aggregation="selective",
         gating="self",
         pffn="literal",
+        pma_reads_cls=True,
+        sequence_residual=True,
+        field_map="flatten",
         use_pma=True,
         use_recent=True,
         use_gating=True,
@@ -118,9 +128,24 @@ class InterFormer(MultiTaskModel):
         kwargs["num_tasks"] = len(feature_map.labels)
         super().__init__(feature_map, model_id=model_id, gpu=gpu, task=task, **kwargs)
         check_options(
-            flow=(flow, FLOWS), interaction=(interaction, INTERACTIONS), aggregation=(aggregation, AGGREGATIONS)
+            flow=(flow, FLOWS),
+            interaction=(interaction, INTERACTIONS),
+            aggregation=(aggregation, AGGREGATIONS),
+            field_map=(field_map, FIELD_MAPS),
         )
-        check_positive(num_layers=num_layers, num_cls=num_cls, num_pma=num_pma, num_recent=num_recent)
+        check_positive(
+            num_layers=num_layers, num_cls=num_cls, num_pma=num_pma, num_recent=num_recent, cross_rank=cross_rank
+        )
+        if aggregation != "selective" and not (use_pma and use_recent and use_mha):
+            raise ValueError(
+                "use_pma, use_recent and use_mha are switches of aggregation='selective'; "
+                f"got aggregation={aggregation!r}"
+            )
+        if num_heads and (embedding_dim // num_heads) % 2 and embedding_dim % num_heads == 0:
+            raise ValueError(
+                "rotary positions need an even width per head; "
+                f"got embedding_dim={embedding_dim}, num_heads={num_heads}"
+            )
         self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
         if not self.tokens.behaviors:
             raise ValueError(f"InterFormer needs a sequence feature; data set {feature_map.dataset_id!r} has none")
@@ -135,9 +160,11 @@ class InterFormer(MultiTaskModel):
 
         def sequence_summary():
             if aggregation != "selective":
-                return PooledSummary(aggregation, num_cls, self.tokens.max_len, dim, num_heads, gate())
+                return PooledSummary(
+                    aggregation, num_cls, self.tokens.max_len, dim, num_heads, attention_dropout, gate()
+                )
             pma = AttentionPooling(num_pma, dim, num_heads, attention_dropout) if use_pma else None
-            return SelectiveSummary(num_cls, pma, self.num_recent, gate())
+            return SelectiveSummary(num_cls, pma, pma_reads_cls, self.num_recent, gate())
 
         def ffn():
             return PersonalizedFFN(num_cls, dim, pffn) if sequence_reads_fields and use_pffn else PlainFFN(dim)
@@ -153,7 +180,12 @@ class InterFormer(MultiTaskModel):
             self.masknet = MaskNet(self.tokens.num_columns * dim, dim)
             self.cls = None if sequence_reads_fields else LearnedTokens(num_cls, dim)
             self.sequence_archs = nn.ModuleList(
-                SequenceArch(dim, ffn(), MultiHeadAttention(dim, num_heads, attention_dropout) if use_mha else None)
+                SequenceArch(
+                    dim,
+                    ffn(),
+                    MultiHeadAttention(dim, num_heads, attention_dropout) if use_mha else None,
+                    sequence_residual,
+                )
                 for _ in range(num_layers)
             )
             self.sequence_summaries = built_where_read(sequence_summary, [fields_read_sequence] * num_layers)
@@ -161,7 +193,9 @@ class InterFormer(MultiTaskModel):
             x_sum_read = [sequence_reads_fields and (use_pffn or layer == 0) for layer in range(num_layers)]
         self.field_summaries = built_where_read(lambda: FieldSummary(num_fields, num_cls, gate()), x_sum_read)
         self.interaction_archs = nn.ModuleList(
-            InteractionArch(num_fields, num_summaries if fields_read_sequence else 0, dim, interaction, cross_rank)
+            InteractionArch(
+                num_fields, num_summaries if fields_read_sequence else 0, dim, interaction, cross_rank, field_map
+            )
             for _ in range(num_layers)
         )
         self.heads = TaskHeads(
@@ -193,9 +227,8 @@ class InterFormer(MultiTaskModel):
 
     def forward_sole(self, inputs):
         """Flow ``sole``: the Interaction Arch alone, on the fields and the mean of every sequence column."""
-        x, events, masks = self.tokens(self.get_inputs(inputs))
-        pooled = self.tokens.pool(events, masks)  # (B, columns, D)
-        x = torch.cat([x, pooled], dim=1)
+        x = self.tokens.append_pooled(*self.tokens(self.get_inputs(inputs)))  # (B, N + columns, D)
+        pooled = x[:, self.tokens.num_fields :]
         for interaction_arch in self.interaction_archs:
             x = interaction_arch(x, None)
         return self.heads(torch.cat([self.field_summaries[-1](x), pooled], dim=1).flatten(1))
@@ -238,14 +271,15 @@ class InterFormer(MultiTaskModel):
         keys = [f"CLS {i + 1}" for i in range(self.num_cls)] + [str(step - steps) for step in range(steps)]
         maps = {}
         for name, weights in recorded.items():
-            kind, layer = name.split(".")[:2]
+            kind, layer, module = name.split(".")[:3]
             if kind == "sequence_archs":
                 total = torch.einsum("bnt,bn->nt", weights, mask)
                 average = total / mask.sum(dim=0).clamp(min=1)[:, None]
                 maps[f"self-attention, layer {int(layer) + 1}"] = (average.cpu().numpy(), keys, keys)
-            elif weights.shape[1:] != (len(keys), len(keys)):
+            elif module == "pma":
                 queries = [f"PMA {i + 1}" for i in range(weights.shape[1])]
-                maps[f"PMA before layer {int(layer) + 1}"] = (weights.mean(dim=0).cpu().numpy(), queries, keys)
+                read = keys[-weights.shape[2] :]  # without the CLS tokens if PMA does not read them
+                maps[f"PMA before layer {int(layer) + 1}"] = (weights.mean(dim=0).cpu().numpy(), queries, read)
         return maps
 
 
@@ -265,16 +299,17 @@ class FieldSummary(nn.Module):
 class SelectiveSummary(nn.Module):
     """``S_sum = Gating([S_CLS; S_PMA; S_recent])``: context, learned queries and the latest events (eq. 8 of CIKM)."""
 
-    def __init__(self, num_cls, pma, num_recent, gate):
+    def __init__(self, num_cls, pma, pma_reads_cls, num_recent, gate):
         super().__init__()
         self.num_cls, self.pma, self.num_recent, self.gate = num_cls, pma, num_recent, gate
+        self.pma_start = 0 if pma_reads_cls else num_cls
         self.num_tokens = num_cls + (pma.num_tokens if pma else 0) + num_recent
 
     def forward(self, s, mask):
         """Summarises ``(B, C + T, D)`` under its mask as ``(B, M, D)``; the last steps are the most recent events."""
         parts = [s[:, : self.num_cls]]
         if self.pma is not None:
-            parts.append(self.pma(s, mask))
+            parts.append(self.pma(s[:, self.pma_start :], mask[:, self.pma_start :]))
         if self.num_recent:
             parts.append(s[:, -self.num_recent :])
         return self.gate(torch.cat(parts, dim=1))
@@ -287,14 +322,14 @@ class PooledSummary(nn.Module):
     step axis, counted from the most recent event, to as many tokens as there are CLS tokens.
     """
 
-    def __init__(self, kind, num_cls, max_len, dim, num_heads, gate):
+    def __init__(self, kind, num_cls, max_len, dim, num_heads, dropout, gate):
         super().__init__()
         self.kind, self.num_cls, self.max_len, self.gate = kind, num_cls, max_len, gate
         self.num_tokens = num_cls if kind == "mlp" else 1
         if kind == "mlp":
             self.lce = LinearCompressedEmbedding(max_len, num_cls)
         elif kind == "mha":
-            self.attention = MultiHeadAttention(dim, num_heads)
+            self.attention = MultiHeadAttention(dim, num_heads, dropout)
 
     def forward(self, s, mask):
         """Summarises ``(B, C + T, D)`` under its mask as ``(B, M, D)``."""
@@ -321,7 +356,7 @@ class InteractionArch(nn.Module):
     The DHEN layer carries its own shortcut and norm; around ``dot`` and ``dcnv2`` a residual keeps X.
     """
 
-    def __init__(self, num_fields, num_summaries, dim, interaction, cross_rank):
+    def __init__(self, num_fields, num_summaries, dim, interaction, cross_rank, field_map):
         super().__init__()
         self.kind = interaction
         num_tokens = num_fields + num_summaries
@@ -330,7 +365,11 @@ class InteractionArch(nn.Module):
             return
         interaction_class = DHENLayer if interaction == "dhen" else CrossInteraction
         self.interaction = interaction_class(num_tokens, dim, cross_rank)
-        self.to_fields = nn.Linear(num_tokens * dim, num_fields * dim)
+        if field_map == "flatten":
+            flat = nn.Linear(num_tokens * dim, num_fields * dim)
+            self.to_fields = nn.Sequential(nn.Flatten(), flat, nn.Unflatten(-1, (num_fields, dim)))
+        else:
+            self.to_fields = LinearCompressedEmbedding(num_tokens, num_fields)
 
     def forward(self, x, s_sum):
         """Maps ``(B, N, D)`` and, where the flow has it, ``(B, M, D)`` to ``(B, N, D)``."""
@@ -338,27 +377,31 @@ class InteractionArch(nn.Module):
         if self.kind == "dot":
             return x + self.interaction(z)
         if self.kind == "dcnv2":
-            return x + self.to_fields((z + self.interaction(z)).flatten(1)).view_as(x)
-        return self.to_fields(self.interaction(z).flatten(1)).view_as(x)
+            return x + self.to_fields(z + self.interaction(z))
+        return self.to_fields(self.interaction(z))
 
 
 class SequenceArch(nn.Module):
     """``S(l+1) = MHA(PFFN(X_sum(l), S(l)))`` in pre-LayerNorm residual branches, with rotary positions (eqs. 5-6)."""
 
-    def __init__(self, dim, ffn, attention):
+    def __init__(self, dim, ffn, attention, residual):
         super().__init__()
-        self.norm_ffn = nn.LayerNorm(dim)
+        self.residual = residual
+        self.norm_ffn = nn.LayerNorm(dim) if residual else nn.Identity()
         self.ffn = ffn
-        self.norm_attention = nn.LayerNorm(dim) if attention else None
+        self.norm_attention = nn.LayerNorm(dim) if residual and attention else nn.Identity()
         self.attention = attention
 
     def forward(self, s, x_sum, mask, positions):
         """Transforms ``(B, C + T, D)``; padded steps stay zero."""
-        s = s + self.ffn(x_sum, self.norm_ffn(s))
+        s = self._branch(s, self.ffn(x_sum, self.norm_ffn(s)))
         if self.attention is not None:
             normed = self.norm_attention(s)
-            s = s + self.attention(normed, normed, mask, positions, positions)
+            s = self._branch(s, self.attention(normed, normed, mask, positions, positions))
         return s * mask.unsqueeze(-1)
+
+    def _branch(self, s, update):
+        return s + update if self.residual else update
 
 
 class PlainFFN(nn.Module):
