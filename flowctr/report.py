@@ -178,19 +178,19 @@ def _read(path: Path) -> dict:
 def _dataset_section(dataset_id: str, runs: list[Run]) -> dict:
     """Collects what the page says about one data set: the comparison of its runs, and their curves."""
     results = [run.result for run in runs]
-    targets = _targets(results)
-    columns = [
-        _best_marked([_metric(result, split, target, metric) for result in results], pick_best)
-        for split in SPLITS
-        for target in targets
-        for metric, pick_best in METRICS.items()
-    ]
+    tables = []
+    for target in _targets(results):
+        columns = [
+            _best_marked([_metric(result, split, target, metric) for result in results], pick_best)
+            for split in SPLITS
+            for metric, pick_best in METRICS.items()
+        ]
+        tables.append((target, list(zip(runs, zip(*columns)))))
     return {
         "id": dataset_id,
         "runs": runs,
         "splits": SPLITS,
-        "targets": targets,
-        "rows": list(zip(runs, zip(*columns))),
+        "tables": tables,
         "ne_bases": _unique(_shown(result.get("ne_base")) for result in results),
         "curves": _curves(runs),
     }

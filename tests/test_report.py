@@ -60,8 +60,8 @@ class Page(HTMLParser):
             self.captions[-1] += data
 
     def row(self, name: str) -> list[tuple[str, bool]]:
-        (row,) = [row for row in self.rows if name in row[0][0]]
-        return [(text.strip(), bold) for text, bold in row[1:]]
+        """The cells of a run, those of one label after the other."""
+        return [(text.strip(), bold) for row in self.rows if name in row[0][0] for text, bold in row[1:]]
 
 
 def values(rng: np.random.Generator, labels: list[str]) -> dict[str, float]:
@@ -116,7 +116,7 @@ def write_attention(folder: Path, name: str, size: int = 3, names: list[str] | N
 def expected_cells(path: Path, prefixes: list[str]) -> list[str]:
     metrics = json.loads(path.read_text())["metrics"]
     splits = metrics["valid"], metrics["test"]
-    return [f"{split[prefix + name]:.6f}" for split in splits for prefix in prefixes for name in NAMES]
+    return [f"{split[prefix + name]:.6f}" for prefix in prefixes for split in splits for name in NAMES]
 
 
 def test_table_holds_the_values_of_the_results(tmp_path):
@@ -125,8 +125,9 @@ def test_table_holds_the_values_of_the_results(tmp_path):
     page = Page(write_report(files, tmp_path / "out"))
     for expid, path in zip(("one", "two"), files):
         assert [text for text, _ in page.row(expid)] == expected_cells(path, ["is_click_", "long_view_", ""])
-    headers = [[text.strip() for text, _ in row] for row in page.rows[:3]]
-    assert headers == [["run", "valid", "test"], ["is_click", "long_view", "mean"] * 2, list(NAMES) * 6]
+    headers = [[text.strip() for text, _ in row] for row in page.rows]
+    assert headers[:2] == [["run", "valid", "test"], list(NAMES) * 2]
+    assert [row for row in headers if len(row) == 1] == [["is_click"], ["long_view"], ["mean"]]
     assert "base: train" in page.source
 
 
@@ -162,8 +163,7 @@ def test_single_and_multi_label_runs_compare_on_the_label_they_share(tmp_path):
     two = write_run(tmp_path, "two", ("click", "like"))
     page = Page(write_report([one, two], tmp_path))
     only, both = expected_cells(one, [""]), expected_cells(two, ["like_", "click_", ""])
-    dashes = [DASH] * 8
-    assert [text for text, _ in page.row("one")] == [*only[:4], *dashes, *only[4:], *dashes]
+    assert [text for text, _ in page.row("one")] == [*only, *[DASH] * 16]
     assert [text for text, _ in page.row("two")] == both
     assert "validation AUC, like against step" in page.plots and "validation AUC, mean against step" in page.plots
 
@@ -214,7 +214,7 @@ def test_texts_are_escaped(tmp_path):
     evil = '<script>alert("1")</script> & $x_1$'
     attention = write_attention(tmp_path, "maps.npz", names=["<b>$a$</b>", "&amp;", "c"])
     changes = {"model": evil, "dataset_id": evil, "command": evil, "config": {evil: evil}, "attention": attention}
-    path = write_run(tmp_path, "one", (evil,), **changes)
+    path = write_run(tmp_path, "one", (evil, "like"), **changes)
     page = Page(write_report([path], tmp_path))
     assert not {"script", "b"} & set(page.tags)
     assert ["command", evil] in page.facts and [evil, evil] in page.facts
