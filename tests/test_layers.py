@@ -256,6 +256,20 @@ def test_shared_tables_are_shared_whatever_the_order_of_the_feature_map():
     assert tables["item"].weight.std().item() == pytest.approx(1e-4, rel=0.3)
 
 
+def test_a_linear_encoder_of_a_history_is_kept_and_a_pooling_one_is_not():
+    feature_map = toy_feature_map()
+    feature_map.features["watch_item"]["feature_encoder"] = f"nn.Linear({D}, {D}, bias=False)"
+    feature_map.features["like_item"]["feature_encoder"] = "layers.MaskedSumPooling()"
+    tokens = layers.FeatureTokens(feature_map, D, BEHAVIORS)
+    batch = toy_batch(feature_map)
+    _, events, masks = tokens(batch)
+    assert list(tokens.embedding.feature_encoders) == ["watch_item"]
+    row = int(masks["watch"].sum(dim=1).argmax())
+    latest = batch["watch_item"][row][batch["watch_item"][row] != 0][-1]
+    expected = linear(tokens.embedding.feature_encoders["watch_item"], embedded(tokens, "item", latest))
+    torch.testing.assert_close(events["watch"][row, -1, :D], expected)
+
+
 def test_columns_that_share_a_table_take_its_width_and_find_its_owner():
     feature_map = toy_feature_map()
     feature_map.features["item"]["embedding_dim"] = 3

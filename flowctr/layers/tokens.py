@@ -155,8 +155,9 @@ def _embedding_view(feature_map: FeatureMap, event_columns: Sequence[str]) -> Fe
     for name, spec in feature_map.features.items():
         spec = dict(spec)
         if name in event_columns:
-            spec.pop("feature_encoder", None)
-            spec.pop("emb_output_dim", None)  # the width behind the encoder
+            if "Pooling" in str(spec.get("feature_encoder")):  # any other encoder, a linear map say, keeps the steps
+                del spec["feature_encoder"]
+                spec.pop("emb_output_dim", None)  # the width behind the pooling
         elif spec["type"] == "sequence":
             spec.setdefault("feature_encoder", MEAN_POOLING)
         if spec.get("share_embedding"):
