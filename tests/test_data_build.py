@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 from flowctr.data import Encoder, H5DataLoader, build_h5, load_feature_map
+from flowctr.data.files import lock_of
 from fuxictr.preprocess.feature_processor import FeatureProcessor
 
 LABELS = [{"name": "label", "dtype": "float"}, {"name": "like", "dtype": "float"}]
@@ -417,15 +418,96 @@ def test_damaged_and_foreign_data_sets_are_not_used(params, tmp_path):
     manifest.write_text(manifest.read_text().replace('"min_categr_count": 2', '"min_categr_count": 3'))
     with pytest.raises(ValueError, match=r"manifest\.json was edited"):
         build_h5(params)
-    manifest.write_text(manifest.read_text()[:100])
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
-        build_h5(params)
+    whole = json.loads(manifest.read_text())
+    for damaged in (json.dumps(whole)[:100], "[]", "{}", json.dumps({**whole, "splits": []})):
+        manifest.write_text(damaged)
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged.*rebuild=True"):
+            build_h5(params)
+    manifest.write_text("{}")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged: it lacks settings, encoders"):
+        Encoder.load(manifest.parent)
     manifest.unlink()
     with pytest.raises(ValueError, match="flowctr did not build it"):
         build_h5(params)
 
 
+DAMAGED_FEATURE_MAPS = [
+    "{",
+    "{}",
+    "[]",
+    "\x00",
+    '{"dataset_id": "tiny", "labels": [], "features": {"item": {}}}',
+    '{"dataset_id": "tiny", "labels": [], "features": [{"item": {}}]}',
+    '{"dataset_id": "tiny", "labels": [], "features": [{"items": {"type": "sequence"}}]}',
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED_FEATURE_MAPS)
+def test_damaged_feature_map_is_named(params, tmp_path, content):
+    paths = build_h5(params)
+    feature_map = load_feature_map(params)
+    (tmp_path / "built" / "tiny" / "feature_map.json").write_text(content)
+    for use in (
+        lambda: build_h5(params),
+        lambda: build_h5({**params, "data_format": "h5", **{f"{split}_data": path for split, path in paths.items()}}),
+        lambda: load_feature_map(params),
+        lambda: H5DataLoader(feature_map, paths["train"]),
+        lambda: Encoder.load(tmp_path / "built" / "tiny"),
+    ):
+        with pytest.raises(ValueError, match=r"tiny/feature_map\.json is damaged.*; put back .* or build again"):
+            use()
+    assert build_h5(params, rebuild=True) == paths
+
+
+def test_damaged_vocabulary_is_named(params, tmp_path):
+    build_h5(params)
+    (tmp_path / "built" / "tiny" / "feature_vocab.json").write_text('{"item": {}}')
+    with pytest.raises(ValueError, match=r"feature_vocab\.json is damaged: it lacks cate, "):
+        Encoder.load(tmp_path / "built" / "tiny")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"group_id": "usr"}, r"group_id names 'usr', which .*feature_map\.json lacks \(did you mean 'user'\?\)"),
+        ({"use_features": ["item", "pric"]}, r"use_features names 'pric', .* lacks \(did you mean 'price'\?\)"),
+        ({"feature_specs": [{"name": ["item", "cat"], "embedding_dim": 4}]}, r"feature_specs names 'cat', .*'cate'"),
+        ({"feature_specs": [{"embedding_dim": 4}]}, "feature_specs names None"),
+        ({"use_features": ["item"], "group_id": "user"}, "group_id names 'user', which use_features leaves out"),
+    ],
+)
+def test_columns_that_the_feature_map_lacks_are_named(params, change, message):
+    build_h5(params)
+    with pytest.raises(ValueError, match=message):
+        load_feature_map({**params, **change})
+    specs = [{"name": ["item", "user"], "embedding_dim": 4}]
+    feature_map = load_feature_map(
+        {**params, "use_features": ["item", "user"], "feature_specs": specs, "group_id": "user"}
+    )
+    assert [(name, spec["embedding_dim"]) for name, spec in feature_map.features.items()] == [("item", 4), ("user", 4)]
+
+
+def test_feature_map_of_another_data_set(params, tmp_path):
+    build_h5(params)
+    shutil.copytree(tmp_path / "built" / "tiny", tmp_path / "built" / "copy")
+    with pytest.raises(ValueError, match=r"copy/feature_map\.json is that of dataset_id='tiny', not of 'copy'"):
+        load_feature_map({**params, "dataset_id": "copy"})
+
+
 # Interruptions
+
+
+def test_reuse_removes_what_a_killed_build_left(params, tmp_path):
+    paths = build_h5(params)
+    staging = tmp_path / "built" / ".tiny.building"
+    staging.mkdir()
+    (staging / "train.h5").write_text("half")
+    with lock_of(tmp_path / "built" / "tiny"):  # another process is building, and no one waits for it
+        assert build_h5(params) == paths
+        assert staging.exists()
+    assert build_h5(params) == paths
+    assert not staging.exists()
+
 
 INTERRUPTED_BUILD = """
 import json, os, signal, sys
@@ -600,6 +682,7 @@ def test_all_wrong_parameters_come_in_one_message(params):
         ("label,item\n", "the valid split has no rows"),
         ("", "the valid split is an empty file"),
         ("label,itm\n1,a\n", r"valid\.csv: column 'item' is missing \(did you mean 'itm'"),
+        ("label,item\n1,a\n0", r"valid\.csv: cut off in line 3: it has 1 of 2 fields"),
     ],
 )
 def test_bad_rows_are_named(params, tmp_path, rows, message):

@@ -224,6 +224,16 @@ def test_files_of_fuxictr_2_0_and_2_1_open(tmp_path, streaming):
         assert loader.base_rates == pytest.approx({label: columns[label].mean(dtype=np.float64) for label in LABELS})
 
 
+def test_parts_come_by_their_numbers(tmp_path):
+    columns = make_columns()
+    for i in range(12):
+        with h5py.File(tmp_path / f"part_{i}.h5", "w") as file:
+            for name, array in columns.items():
+                file.create_dataset(name, data=array[i * 50 : (i + 1) * 50])
+    loader = H5DataLoader(make_feature_map(tmp_path), tmp_path, "test", batch_size=64)
+    np.testing.assert_array_equal(joined(loader)["user"], np.arange(600))
+
+
 def test_loader_fits_fuxictrs_rank_data_loader(folder):
     """In a process of its own, because FuxiCTR's module imports ray."""
     shutil.copy(folder / "train.h5", folder / "valid.h5")
@@ -254,6 +264,43 @@ def test_package_does_not_import_ray():
 
 def load(folder: Path, specs: dict = SPECS, **options) -> H5DataLoader:
     return H5DataLoader(make_feature_map(folder, specs), folder / "train", **options)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "task, label, value",
+    [
+        ("binary_classification", "click", 2.0),
+        ("binary_classification", "like", -0.5),
+        ("binary_classification", "click", float("nan")),
+        (["regression", "binary_classification"], "like", 1.5),
+        (["regression", "binary_classification"], "click", float("nan")),
+        ("regression", "click", float("inf")),
+    ],
+)
+def test_labels_beyond_their_task_are_named(folder, streaming, task, label, value):
+    with h5py.File(folder / "train.h5", "r+") as file:
+        file[label][321] = value
+    with pytest.raises(ValueError, match=rf"train\.h5: column '{label}', row 321: label {value} is not "):
+        list(load(folder, task=task, streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_fit_their_task_are_taken(folder, streaming):
+    with h5py.File(folder / "train.h5", "r+") as file:
+        file["click"][:2] = [-7.5, 3e38]
+        file["like"][:2] = [0.25, 1.0]
+    batches = joined(load(folder, task=["regression", "binary_classification"], streaming=streaming))
+    np.testing.assert_array_equal(batches["click"][:2], np.float32([-7.5, 3e38]))
+    np.testing.assert_array_equal(batches["like"][:2], [0.25, 1.0])
+    with pytest.raises(ValueError, match=r"task=\['regression'\] has 1 entries for the 2 labels click, like"):
+        load(folder, task=["regression"])
+
+
+@pytest.mark.parametrize("batch_size", [0, -3, 1.5, None])
+def test_impossible_batch_size(folder, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size}; a batch needs a positive whole number"):
+        load(folder, batch_size=batch_size)
 
 
 def test_missing_file_names_what_was_tried(tmp_path):

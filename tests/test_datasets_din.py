@@ -5,7 +5,7 @@ from collections import defaultdict
 import polars as pl
 import pytest
 from flowctr.datasets import prepare
-from flowctr.datasets.din_protocol import din_tables, read_sequences
+from flowctr.datasets.din_protocol import din_tables, read_categories, read_sequences
 from raw_files import AMAZON_ATTRIBUTES, AMAZON_SEQUENCES, write_amazon
 
 SEQUENCES = {user: items.split() for user, items in AMAZON_SEQUENCES.items()}
@@ -99,6 +99,32 @@ def test_impossible_data_is_named(tmp_path):
     path.write_text("1 a b\n1 c d\n")
     with pytest.raises(ValueError, match="1 lines repeat a user"):
         read_sequences(path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"a": [1, 2], "b": [', r"is damaged \(.*; download it again from https://github"),
+        ("[1, 2]", "is damaged: it holds a list instead of an object; download it again"),
+        ('{"a": [1], "b": 5}', "the attributes of item 'b' are 5 instead of a list"),
+    ],
+)
+def test_impossible_attributes_are_named(tmp_path, content, message):
+    path = tmp_path / "item2attributes.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"item2attributes\.json:? {message}"):
+        read_categories(path)
+
+
+def test_another_category_is_taken_if_it_is_the_only_one(tmp_path):
+    raw = write_amazon(tmp_path / "raw")
+    sports = [path.read_bytes() for path in prepare("amazon_sports_din", raw, tmp_path / "sports")]
+    for end in (".txt", "_item2attributes.json"):
+        (raw / f"Sports_and_Outdoors{end}").rename(raw / f"Beauty{end}")
+    assert [path.read_bytes() for path in prepare("amazon_sports_din", raw, tmp_path / "beauty")] == sports
+    (raw / "Toys_item2attributes.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no Sports_and_Outdoors\.txt in "):
+        prepare("amazon_sports_din", raw, tmp_path / "out")
 
 
 def test_a_missing_raw_file_is_named_with_its_download(tmp_path):

@@ -1,14 +1,20 @@
 """KuaiRand tables: histories against a loop over the exposures, no future, the stated protocols."""
 
 import hashlib
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from flowctr.data.files import locked
 from flowctr.datasets import prepare
-from flowctr.datasets.kuairand import BEHAVIORS, MAX_EVENTS, log2_bucket, split_days
+from flowctr.datasets.kuairand import BEHAVIORS, MAX_EVENTS, WINDOW_FILES, log2_bucket, split_days
 from raw_files import PURE_DAYS, WINDOW_DAYS, kuairand_history, kuairand_log, write_pure, write_window
 
 EMBEDDED = Path(__file__).parent.parent / "data" / "kuairand_pure_window"
@@ -160,6 +166,77 @@ def test_a_missing_column_is_named(tmp_path):
     raw = write_window(tmp_path / "raw", kuairand_log(0, WINDOW_DAYS).drop("long_view"))
     with pytest.raises(ValueError, match=r"log_standard_4_25_to_5_08_pure\.csv lacks the columns \['long_view'\]"):
         prepare("kuairand_pure_window", raw, tmp_path / "out")
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def change_line(path: Path, line: int, old: str, new: str) -> None:
+    lines = path.read_text().splitlines()
+    assert re.search(old, lines[line - 1])
+    lines[line - 1] = re.sub(old, new, lines[line - 1], count=1)
+    path.write_text("\n".join(lines) + "\n")
+
+
+LOG, HISTORY, USERS, VIDEOS = WINDOW_FILES
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        (LOG, lambda path: change_line(path, 7, r"^\d+", "abc"), r"log_\S+ cannot be read: .*'user_id'.*\"abc\""),
+        (LOG, lambda path: change_line(path, 7, r",\d+,", ",,"), r"log_\S+: column 'video_id' is empty in row 6"),
+        (LOG, lambda path: change_line(path, 9, r",\d+$", ","), r"log_\S+: column 'tab' is empty in row 8"),
+        (LOG, lambda path: cut(path, -20), r"log_\S+: cut off in line 521: it has \d+ of 19 fields"),
+        (LOG, lambda path: path.write_text(""), r"log_\S+ cannot be read: empty"),
+        (USERS, lambda path: change_line(path, 3, "^1,", "2,"), r"user_features_pure\.csv: user_id 2 occurs in more"),
+        (USERS, lambda path: change_line(path, 3, "^1,", "x,"), r"user_features_pure\.csv cannot be read: .*'user_id'"),
+        (VIDEOS, lambda path: change_line(path, 3, "^101,", "100,"), r"video_features_\S+: video_id 100 occurs in"),
+        (VIDEOS, lambda path: cut(path, -20), r"video_features_\S+: cut off in line 12: it has \d+ of 12 fields"),
+        (HISTORY, lambda path: cut(path, -20), r"user_history_until_4_24\.parquet cannot be read: "),
+        (HISTORY, lambda path: pl.concat([pl.read_parquet(path)] * 2).write_parquet(path), "user_id 3 occurs in more"),
+    ],
+)
+def test_a_damaged_raw_file_is_named(tmp_path, name, damage, message):
+    raw = write_window(tmp_path / "raw", kuairand_log(0, WINDOW_DAYS))
+    damage(raw / name)
+    with pytest.raises(ValueError, match=message):
+        prepare("kuairand_pure_window", raw, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+FULL_DISK_PREPARE = """
+import resource, sys
+from pathlib import Path
+from flowctr.datasets import prepare
+resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))  # a write beyond this fails as on a full disk
+prepare("kuairand_pure_window", Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_full_disk_is_one_error_and_leaves_the_old_tables(tmp_path):
+    raw, out = write_window(tmp_path / "raw", kuairand_log(0, WINDOW_DAYS)), tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in prepare("kuairand_pure_window", raw, out)}
+    child = subprocess.run([sys.executable, "-c", FULL_DISK_PREPARE, raw, out], capture_output=True, text=True)
+    assert "OSError: [Errno 27] no space left for train.parquet, " in child.stderr.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_temporary_files_of_killed_processes_are_removed_but_not_those_of_running_ones(tmp_path):
+    raw, out = write_window(tmp_path / "raw", kuairand_log(0, WINDOW_DAYS)), tmp_path / "out"
+    out.mkdir()
+    stale, other = out / ".train.parquet.4242.tmp", out / ".notes.tmp"
+    stale.touch()
+    other.touch()
+    with ThreadPoolExecutor(1) as pool:
+        with locked(out):  # as the running one does
+            prepared = pool.submit(prepare, "kuairand_pure_window", raw, out)
+            with pytest.raises(FutureTimeoutError):
+                prepared.result(timeout=0.5)
+            assert sorted(out.iterdir()) == sorted([stale, other])
+        paths = prepared.result(timeout=60)
+    assert sorted(out.iterdir()) == sorted([other, *paths])
 
 
 def test_a_split_without_rows_is_an_error_and_leaves_the_old_tables(tmp_path):

@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from flowctr._fuxictr import fuxictr_origin
-from flowctr.data.format import NO_SPACE, did_you_mean, feature_map_digest, find_h5
+from flowctr.data.files import NO_SPACE, did_you_mean, lock_of, locked, read_json
+from flowctr.data.format import feature_map_digest, find_h5, read_feature_map
 from fuxictr.features import FeatureMap
 
 FORMAT = 1
@@ -55,7 +56,9 @@ def build_h5(params: dict, rebuild: bool = False) -> dict[str, str | None]:
         paths = None if rebuild else _reuse(params, settings, data_dir)
         if paths is None:
             paths = _build_locked(params, settings, data_dir, rebuild)
-    features = {k: v for f in json.loads((data_dir / "feature_map.json").read_text())["features"] for k, v in f.items()}
+        else:
+            _remove_leftovers(data_dir)
+    features = read_feature_map(data_dir)["features"]
     # Again, as a column without max_len takes the longest sequence of the data.
     _check_behaviors(params, {name: spec for name, spec in features.items() if spec["type"] == "sequence"})
     return paths
@@ -70,12 +73,32 @@ def load_feature_map(params: dict) -> FeatureMap:
 
     Raises:
         FileNotFoundError: If the data set is not built.
+        ValueError: If its feature map is damaged, is that of another data set, or lacks a column that the parameters
+            name.
     """
     data_dir = Path(params["data_root"]) / params["dataset_id"]
-    if not (data_dir / "feature_map.json").is_file():
+    path = data_dir / "feature_map.json"
+    if not path.is_file():
         raise FileNotFoundError(f"{data_dir}: no feature_map.json; build the data set first")
+    content = read_feature_map(data_dir)
+    if content["dataset_id"] != params["dataset_id"]:
+        raise ValueError(f"{path} is that of dataset_id={content['dataset_id']!r}, not of {params['dataset_id']!r}")
+    features = content["features"]
+    used = params.get("use_features") or features
+    specs = [name for col in params.get("feature_specs") or [] for name in _names(col)]
+    # A batch has the used features only, and the groups are taken from it.
+    groups = [params["group_id"]] if params.get("group_id") else []
+    for key, names, known in (
+        ("use_features", used, features),
+        ("feature_specs", specs, used),
+        ("group_id", groups, used),
+    ):
+        for name in names:
+            if name not in known:
+                why = "use_features leaves out" if name in features else f"{path} lacks{did_you_mean(name, known)}"
+                raise ValueError(f"{key} names {name!r}, which {why}")
     feature_map = FeatureMap(params["dataset_id"], str(data_dir))
-    feature_map.load(str(data_dir / "feature_map.json"), params)
+    feature_map.load(str(path), params)
     return feature_map
 
 
@@ -91,7 +114,7 @@ def _settings(params: dict) -> dict:
     for key, columns in (("feature_cols", feature_cols), ("label_col", label_col)):
         given = params.get(key) or []
         for col in given if isinstance(given, list) else [given]:
-            for name in col["name"] if isinstance(col.get("name"), list) else [col.get("name")]:
+            for name in _names(col):
                 if not isinstance(name, str) or name in columns:
                     problems.append(f"{key}: {name!r} occurs twice" if name in columns else f"{key}: no name in {col}")
                 elif col.get("active", True):
@@ -118,6 +141,11 @@ def _settings(params: dict) -> dict:
         "data_block_size": params.get("data_block_size") or 0,
         "h5_compression": params.get("h5_compression"),
     }
+
+
+def _names(col: dict) -> list:
+    """Returns the names of an entry of feature_cols, label_col or feature_specs, which has one or a list of them."""
+    return col["name"] if isinstance(col.get("name"), list) else [col.get("name")]
 
 
 def _column_problems(col: dict, earlier: list[str]) -> list[str]:
@@ -213,10 +241,10 @@ def _reuse(params: dict, settings: dict, data_dir: Path) -> dict[str, str | None
         raise ValueError(
             f"{data_dir} has a feature_map.json but no manifest.json, so flowctr did not build it; {remedy}"
         )
+    manifest = read_json(manifest_file, ("format", "digest"), remedy)
     try:
-        manifest = json.loads(manifest_file.read_text())
         intact = manifest["format"] == FORMAT and manifest["digest"] == _digest(manifest)
-    except (json.JSONDecodeError, KeyError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{manifest_file} is damaged ({error!r}); {remedy}") from error
     if not intact:
         raise ValueError(f"{manifest_file} was edited or has another format; {remedy}")
@@ -294,33 +322,38 @@ def _build_locked(params: dict, settings: dict, data_dir: Path, rebuild: bool) -
         role: (path, _source_files(role, path, settings["data_format"]))
         for role, path in _sources(params, settings).items()
     }
-    data_dir.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(data_dir.parent / f".{data_dir.name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logging.info(f"{data_dir}: another process is building; waiting for it")
-        lock.acquire()
-    staging = data_dir.parent / f".{data_dir.name}.building"
-    try:
-        paths = None if rebuild else _reuse(params, settings, data_dir)  # what the other process built meanwhile
-        if paths is None:
-            shutil.rmtree(staging, ignore_errors=True)  # left by a build that was killed
-            manifest = _build(settings, sources, staging, data_dir.name)
-            _publish(staging / data_dir.name, data_dir)
-            paths = _paths(manifest, data_dir)
-        return paths
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise OSError(
-            error.errno,
-            f"no space left for the data set {data_dir} ({os.strerror(error.errno)}); free disk space or choose "
-            "another data_root. Temporary files were removed, existing data is untouched",
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        lock.release()
+    staging = _staging(data_dir)
+    with locked(data_dir):
+        try:
+            paths = None if rebuild else _reuse(params, settings, data_dir)  # what the other process built meanwhile
+            if paths is None:
+                shutil.rmtree(staging, ignore_errors=True)  # left by a build that was killed
+                manifest = _build(settings, sources, staging, data_dir.name)
+                _publish(staging / data_dir.name, data_dir)
+                paths = _paths(manifest, data_dir)
+            return paths
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise OSError(
+                error.errno,
+                f"no space left for the data set {data_dir} ({os.strerror(error.errno)}); free disk space or choose "
+                "another data_root. Temporary files were removed, existing data is untouched",
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging(data_dir: Path) -> Path:
+    return data_dir.parent / f".{data_dir.name}.building"
+
+
+def _remove_leftovers(data_dir: Path) -> None:
+    """Removes what a killed build left, unless another process is building there or the folder is read-only."""
+    staging = _staging(data_dir)
+    if staging.exists():
+        with suppress(OSError), lock_of(data_dir).acquire(timeout=0):  # its Timeout is an OSError
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _build(settings: dict, sources: dict[str, tuple[str, list[str]]], staging: Path, dataset_id: str) -> dict:

@@ -1,7 +1,6 @@
 """Raw rows to arrays of ids: FuxiCTR's FeatureProcessor, fitted deterministically and applied a column at a time."""
 
 import importlib
-import json
 import logging
 import math
 import os
@@ -13,7 +12,8 @@ from types import ModuleType
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from flowctr.data.format import H5Writer, did_you_mean, feature_map_digest, narrow_dtype
+from flowctr.data.files import check_csv_end, did_you_mean, read_json
+from flowctr.data.format import H5Writer, feature_map_digest, narrow_dtype, read_feature_map
 from tqdm import tqdm
 
 BATCH_ROWS, BATCH_STEPS = 65536, 2**24  # rows encoded at a time, fewer where sequences are long
@@ -143,12 +143,16 @@ class Encoder:
             data_dir: The folder of the data set, ``data_root/dataset_id``.
 
         Raises:
-            ValueError: If ids cannot be restored because one vocabulary mixes numbers and strings.
+            ValueError: If ids cannot be restored because one vocabulary mixes numbers and strings, or if a file of
+                the data set is damaged.
         """
         data_dir = Path(data_dir)
-        manifest = json.loads((data_dir / "manifest.json").read_text())
-        vocabularies = json.loads((data_dir / "feature_vocab.json").read_text())
+        remedy = "build the data set again"
+        manifest = read_json(data_dir / "manifest.json", ("settings", "encoders"), remedy)
         cols = [c for c in manifest["settings"]["feature_cols"].values() if c["type"] != "meta"]
+        with_vocabulary = [c["name"] for c in cols if "key" in manifest["encoders"].get(c["name"], {})]
+        vocabularies = read_json(data_dir / "feature_vocab.json", with_vocabulary, remedy)
+        read_feature_map(data_dir)  # checks it
         processor = Processor(cols, [], data_dir.name, str(data_dir.parent))
         processor.feature_map.load(str(data_dir / "feature_map.json"), {})
         processor.feature_map.labels = []
@@ -314,7 +318,9 @@ def encode_splits(
 def _read(processor: Processor, sources: dict[str, tuple[str, list[str]]], settings: dict) -> dict[str, pl.LazyFrame]:
     """Scans and preprocesses each split after checking that it has rows and every column."""
     frames, kinds = {}, {}
-    for split, (path, _) in sources.items():
+    for split, (path, files) in sources.items():
+        for file in files if settings["data_format"] == "csv" else []:
+            check_csv_end(file, settings["sep"])
         try:
             frame = processor.read_data(path, settings["data_format"], settings["sep"])
             columns = frame.collect_schema().names()

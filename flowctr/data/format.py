@@ -6,8 +6,6 @@ Attributes of the file: ``format``, ``rows``, ``feature_map_digest``; of a featu
 sizes), of a sequence also ``padding``; of a label: ``mean``.
 """
 
-import difflib
-import errno
 import hashlib
 import io
 import json
@@ -15,12 +13,13 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from flowctr.data.files import natural_order, read_json
 
 FORMAT = 1
 CHUNK_BYTES = 2**20  # HDF5 caches chunks up to this size
 CHUNK_ROWS = 65536
 SPEC_KEYS = ("type", "vocab_size", "max_len", "pretrain_dim")  # what a feature's ids depend on
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NEEDED = {"sequence": "max_len", "embedding": "pretrain_dim"}  # what FuxiCTR cannot do without
 
 
 def narrow_dtype(vocab_size: int) -> np.dtype:
@@ -43,18 +42,30 @@ def feature_map_digest(data_dir: str | Path) -> str | None:
     data_dir = Path(data_dir)
     if not (data_dir / "feature_map.json").is_file():
         return None
-    features = json.loads((data_dir / "feature_map.json").read_text())["features"]
-    specs = {name: relevant_spec(spec) for feature in features for name, spec in feature.items()}
+    specs = {name: relevant_spec(spec) for name, spec in read_feature_map(data_dir)["features"].items()}
     digest = hashlib.sha256(json.dumps(specs, sort_keys=True).encode())
     if (vocab := data_dir / "feature_vocab.json").is_file():
         digest.update(vocab.read_bytes())
     return digest.hexdigest()
 
 
-def did_you_mean(name, names) -> str:
-    """Returns a remark for an error message about an unknown name, empty if no name is close to it."""
-    matches = difflib.get_close_matches(str(name), list(names), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
+def read_feature_map(data_dir: Path) -> dict:
+    """Reads ``feature_map.json`` with its features as one dict of specs by name.
+
+    Raises:
+        ValueError: If the file is damaged or no feature map.
+    """
+    path = data_dir / "feature_map.json"
+    remedy = "put back the one that was built with the h5 files, or build again (flowctr build --rebuild)"
+    content = read_json(path, ("dataset_id", "features", "labels"), remedy)
+    try:
+        content["features"] = {name: spec for feature in content["features"] for name, spec in feature.items()}
+        complete = all(NEEDED.get(spec["type"], "type") in spec for spec in content["features"].values())
+    except (AttributeError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} is damaged: its features are not those of a feature map; {remedy}")
+    return content
 
 
 class H5Writer:
@@ -193,6 +204,11 @@ class _Sink(io.FileIO):
         """Raises the write error that occurred, if any."""
         if self._error is not None:
             raise OSError(self._error.errno, self._error.strerror, self.name)
+
+
+def h5_files(path: Path) -> list[Path]:
+    """Lists the file, or the part files of a folder by their numbers."""
+    return [path] if path.is_file() else sorted(path.glob("*.h5"), key=natural_order)
 
 
 def find_h5(data_path: str | Path) -> Path:

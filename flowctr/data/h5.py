@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from flowctr.data.format import FORMAT, feature_map_digest, find_h5, narrow_dtype, relevant_spec
+from flowctr.data.format import FORMAT, feature_map_digest, find_h5, h5_files, narrow_dtype, relevant_spec
 
 WINDOW_BYTES = 2**28  # what streaming keeps in memory at a time
 READ_ROWS = 65536
@@ -21,12 +21,16 @@ PREFETCH_BATCHES = 8
 
 @dataclass
 class _Column:
-    """How one column is held and handed out: ``dtype`` in memory, ``tensor_dtype`` in a batch."""
+    """How one column is held and handed out: ``dtype`` in memory, ``tensor_dtype`` in a batch.
+
+    Values outside of ``bounds`` are an error, which ``complaint`` describes.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     tensor_dtype: torch.dtype
-    vocab_size: int | None
+    bounds: tuple[float, float] | None = None
+    complaint: str = ""
 
 
 class H5DataLoader:
@@ -48,6 +52,8 @@ class H5DataLoader:
         buffer_size: Rows in a window of streaming; None for as many as fit into 256 MiB.
         pin_memory: Whether batches lie in pinned memory; None for "if there is a GPU".
         num_workers: Any value above 0 prepares batches ahead in one thread, as streaming and pinning always do.
+        task: FuxiCTR's task, or a list of one per label: labels of "binary_classification" must be in [0, 1], others
+            finite.
         **kwargs: Other settings of FuxiCTR's loaders, ignored.
 
     Attributes:
@@ -57,7 +63,8 @@ class H5DataLoader:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a file is damaged, empty, or does not fit the feature map.
+        ValueError: If a file is damaged, empty, or does not fit the feature map, or a label does not fit its task.
+            Streaming finds wrong ids and labels while iterating.
     """
 
     def __init__(
@@ -72,14 +79,16 @@ class H5DataLoader:
         buffer_size: int | None = None,
         pin_memory: bool | None = None,
         num_workers: int = 0,
+        task: str | list[str] = "binary_classification",
         **kwargs,
     ):
-        path = find_h5(data_path)
-        self.files = [path] if path.is_file() else sorted(path.glob("*.h5"))
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}; a batch needs a positive whole number of rows")
+        self.files = h5_files(find_h5(data_path))
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.shuffle = shuffle and split == "train"
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self._columns = _columns(feature_map, self.files[0])
+        self._columns = _columns(feature_map, self.files[0], task)
         digest = feature_map_digest(feature_map.data_dir)
         inspected = [_inspect(path, feature_map, self._columns, digest) for path in self.files]
         self._file_rows = [rows for rows, _ in inspected]
@@ -181,13 +190,12 @@ class H5DataLoader:
                 raise ValueError(
                     f"{file.filename}: column {name!r} cannot be read, the file is damaged: {error}"
                 ) from error
-            if column.vocab_size and ((top := values.max()) >= column.vocab_size or values.min() < 0):
-                idx = top if top >= column.vocab_size else values.min()
-                row = start + int(np.argwhere(values == idx)[0, 0])
-                raise ValueError(
-                    f"{file.filename}: column {name!r}, row {row}: index {idx} is beyond its vocabulary "
-                    f"(vocab_size={column.vocab_size}); the file does not belong to this feature map, build it again"
-                )
+            if column.bounds:
+                low, high = column.bounds
+                if not (low <= values.min() and values.max() <= high):  # put like this, NaN is outside
+                    row, *step = np.argwhere(~((low <= values) & (values <= high)))[0]
+                    complaint = column.complaint.format(values[(row, *step)])
+                    raise ValueError(f"{file.filename}: column {name!r}, row {start + row}: {complaint}")
             if values is not target:
                 target[...] = values
 
@@ -241,9 +249,12 @@ def _check_names(file: h5py.File, names) -> None:
         raise ValueError(f"{file.filename}: no column {missing}; the file has {present}; build the data set again")
 
 
-def _columns(feature_map, path: Path) -> dict[str, _Column]:
+def _columns(feature_map, path: Path, task: str | list[str]) -> dict[str, _Column]:
     """Describes each column of the feature map; types that it leaves open are taken from the file."""
-    columns = {}
+    columns, labels = {}, feature_map.labels
+    if isinstance(task, list) and len(task) != len(labels):
+        raise ValueError(f"task={task} has {len(task)} entries for the {len(labels)} labels {', '.join(labels)}")
+    tasks = dict(zip(labels, task if isinstance(task, list) else [task] * len(labels)))
     with _open(path) as file:
         names = [*feature_map.features, *feature_map.labels]
         _check_names(file, names)
@@ -251,15 +262,30 @@ def _columns(feature_map, path: Path) -> dict[str, _Column]:
             spec = feature_map.features.get(name, {"type": "label"})
             shape = {"sequence": (spec.get("max_len"),), "embedding": (spec.get("pretrain_dim"),)}.get(spec["type"], ())
             vocab_size = spec.get("vocab_size")
-            if spec["type"] in ("numeric", "embedding", "label"):
-                column = _Column(shape, np.dtype(np.float32), torch.float32, None)
+            if spec["type"] in ("numeric", "embedding"):
+                column = _Column(shape, np.dtype(np.float32), torch.float32)
+            elif name in tasks:
+                bounds, complaint = _label_bounds(tasks[name])
+                column = _Column(shape, np.dtype(np.float32), torch.float32, bounds, complaint)
             elif vocab_size is not None:
-                column = _Column(shape, narrow_dtype(vocab_size), torch.int32, vocab_size)
+                complaint = (
+                    f"index {{}} is beyond its vocabulary (vocab_size={vocab_size}); the file does not belong to this "
+                    "feature map, build it again"
+                )
+                column = _Column(shape, narrow_dtype(vocab_size), torch.int32, (0, vocab_size - 1), complaint)
             else:  # meta columns have no vocabulary in FuxiCTR's feature map and may hold wide ids
                 dtype = file[name].dtype
-                column = _Column(shape, dtype, torch.int64 if dtype.itemsize == 8 else torch.int32, None)
+                column = _Column(shape, dtype, torch.int64 if dtype.itemsize == 8 else torch.int32)
             columns[name] = column
     return columns
+
+
+def _label_bounds(task: str) -> tuple[tuple[float, float], str]:
+    """Returns the bounds of a task's labels and what to say about a label beyond them."""
+    if task == "binary_classification":
+        return (0, 1), "label {} is not in [0, 1], as task binary_classification needs; correct the data or the task"
+    largest = float(np.finfo(np.float32).max)
+    return (-largest, largest), "label {} is not a finite number; correct the data"
 
 
 def _inspect(path: Path, feature_map, columns: dict[str, _Column], digest: str | None) -> tuple[int, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from flowctr.data.files import NO_SPACE, locked
 
 UNKNOWN = "unknown"  # the token of what is missing: an empty one would be read as padding
 
@@ -59,15 +61,42 @@ def find_raw(raw: Path, name: str, download: str, also: str | None = None) -> Pa
 
 @contextmanager
 def written_together(paths: list[Path]) -> Iterator[list[Path]]:
-    """Yields one temporary path for each path and renames them all once the block has succeeded."""
+    """Yields one temporary path for each path and renames them all once the block has succeeded.
+
+    One process at a time writes to a folder. It removes the temporary files of those that were killed.
+
+    Args:
+        paths: Files of one folder, which is made.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    folder = paths[0].parent
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
-    with ExitStack() as cleanup:
-        for path in temporary:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder), ExitStack() as cleanup:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, target in zip(temporary, paths, strict=True):
+            for stale in folder.glob(f".{target.name}.*.tmp"):
+                stale.unlink()
             cleanup.callback(path.unlink, missing_ok=True)
-        yield temporary
+        try:
+            yield temporary
+        except (OSError, pl.exceptions.PolarsError) as error:
+            if (code := _error_number(error)) not in NO_SPACE:
+                raise
+            raise OSError(
+                code,
+                f"no space left for {', '.join(path.name for path in paths)} in {folder} ({os.strerror(code)}); free "
+                "disk space or choose another folder. Temporary files were removed, existing tables are untouched",
+            ) from error
         for source, target in zip(temporary, paths, strict=True):
             os.replace(source, target)
+
+
+def _error_number(error: Exception) -> int | None:
+    """Returns the errno of a failed write; polars has it in its message only."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return int(number[1]) if number else getattr(error, "errno", None)
 
 
 def joined(tokens: pl.Series, start: np.ndarray, end: np.ndarray) -> pl.Series:

@@ -10,12 +10,12 @@ follows it. The raw layout is that of S3-Rec (Zhou et al., CIKM 2020).
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from flowctr.data.files import read_json
 from flowctr.datasets.base import UNKNOWN, Dataset, find_raw, joined, written_together
 
 DOWNLOAD = "https://github.com/RUCAIBox/CIKM2020-S3Rec (folder data)"
@@ -28,21 +28,32 @@ def prepare_amazon_sports(raw: Path, out: Path, holdout: bool = False) -> list[P
     """Writes the tables of amazon_sports_din, or with `holdout` those of amazon_sports_din_holdout.
 
     Args:
-        raw: The folder with the two raw files.
+        raw: The folder with the two raw files; those of another data set of S3-Rec, such as Beauty.txt and
+            Beauty_item2attributes.json, are taken if they are the only ones there.
         out: The folder to write train.parquet, test.parquet and, with `holdout`, valid.parquet to.
         holdout: Whether k = n-2 is taken out of train for validation.
 
     Returns:
         The paths of the tables.
     """
-    sequences = read_sequences(find_raw(raw, SEQUENCES, DOWNLOAD))
-    categories = read_categories(find_raw(raw, ATTRIBUTES, DOWNLOAD))
+    sequences_path, attributes_path = _find(raw)
+    sequences, categories = read_sequences(sequences_path), read_categories(attributes_path)
     tables = din_tables(sequences, categories, holdout, SEED)
     paths = [out / f"{split}.parquet" for split in tables]
     with written_together(paths) as temporary:
         for path, table in zip(temporary, tables.values(), strict=True):
             table.write_parquet(path, compression="zstd")
     return paths
+
+
+def _find(raw: Path) -> tuple[Path, Path]:
+    """Returns the paths of sequences and attributes, see `prepare_amazon_sports`."""
+    if not any((raw / name).is_file() for name in (SEQUENCES, ATTRIBUTES)):
+        suffix = "_item2attributes.json"
+        pairs = [(path.with_name(path.name.removesuffix(suffix) + ".txt"), path) for path in raw.glob(f"*{suffix}")]
+        if len(pairs) == 1 and pairs[0][0].is_file():
+            return pairs[0]
+    return find_raw(raw, SEQUENCES, DOWNLOAD), find_raw(raw, ATTRIBUTES, DOWNLOAD)
 
 
 def read_sequences(path: Path) -> pl.DataFrame:
@@ -69,8 +80,14 @@ def read_sequences(path: Path) -> pl.DataFrame:
 
 
 def read_categories(path: Path) -> dict[str, str]:
-    """Reads {item: [attribute, ...]} and returns each item's last attribute, its most specific category."""
-    attributes = json.loads(path.read_text())
+    """Reads {item: [attribute, ...]} and returns each item's last attribute, its most specific category.
+
+    Raises:
+        ValueError: If the file is not such an object.
+    """
+    attributes = read_json(path, (), remedy=f"download it again from {DOWNLOAD}")
+    if wrong := [item for item, values in attributes.items() if not isinstance(values, list)]:
+        raise ValueError(f"{path}: the attributes of item {wrong[0]!r} are {attributes[wrong[0]]!r} instead of a list")
     return {item: str(values[-1]) for item, values in attributes.items() if values}
 
 
@@ -157,7 +174,8 @@ _AMAZON = dict(
 DATASETS = [
     Dataset(
         id="amazon_sports_din",
-        description="Amazon Sports and Outdoors 5-core (2014), DIN's next-item protocol, validated on test as in BARS.",
+        description="Amazon Sports and Outdoors 5-core (2014), DIN's next-item protocol, validated on test as in BARS; "
+        "also takes the files of another category, if they are the only ones in the folder.",
         function=prepare_amazon_sports,
         **_AMAZON,
     ),

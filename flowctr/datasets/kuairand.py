@@ -17,12 +17,13 @@ Source: KuaiRand, Gao et al., CIKM 2022, https://kuairand.com, CC BY-SA 4.0; the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from flowctr.data.files import check_csv_end
 from flowctr.datasets.base import UNKNOWN, Dataset, find_raw, joined, written_together
 
 LICENCE = "CC BY-SA 4.0: share with attribution and under the same licence"
@@ -77,6 +78,7 @@ _LOG_COLUMNS = (
     "user_id video_id date hourmin time_ms is_click is_like is_follow is_comment is_forward is_hate long_view "
     "play_time_ms duration_ms profile_stay_time comment_stay_time is_profile_enter is_rand tab"
 ).split()
+_NEVER_MISSING = ("user_id", "video_id", "date", "time_ms", *LABELS, "tab")
 _HISTORY_SCHEMA = {"user_id": pl.Int64, "last_time_ms": pl.Int64} | {
     column: pl.List(pl.Int64) for _, column in BEHAVIORS.values()
 }
@@ -100,7 +102,7 @@ def prepare_window(raw: Path, out: Path, tabs: tuple[int, ...] | None = None, ev
     """
     log_path, history_path, user_path, video_path = _find(raw, WINDOW_FILES, WINDOW_DOWNLOAD)
     log = _read_log([log_path])
-    history = _read(history_path, _HISTORY_SCHEMA).cast(_HISTORY_SCHEMA)
+    history = _read(history_path, _HISTORY_SCHEMA, key="user_id")
     exposures = log.filter(pl.col("user_id") % every_nth_user == 0)
     exposures = exposures if tabs is None else exposures.filter(pl.col("tab").is_in(tabs))
     users, videos = _read_users(user_path), _read_videos(video_path)
@@ -269,24 +271,52 @@ def _find(raw: Path, names: tuple[str, ...], download: str) -> list[Path]:
     return [find_raw(raw, name, download, also=".parquet") for name in names]
 
 
-def _read(path: Path, columns: Iterable[str]) -> pl.DataFrame:
-    """Returns columns of a csv or parquet file."""
-    frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema_length=None)
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise ValueError(f"{path} lacks the columns {missing}; it has {frame.columns}")
-    return frame.select(*columns)
+def _read(path: Path, schema: Mapping[str, pl.DataType | None], key: str | None = None) -> pl.DataFrame:
+    """Returns columns of a csv or parquet file.
+
+    Args:
+        path: The file.
+        schema: The columns and their types; None for the type that a column has in the file.
+        key: The column that identifies a row.
+
+    Raises:
+        ValueError: If the file cannot be read, lacks a column, has another value than a column's type, or a key twice.
+    """
+    dtypes = {column: dtype for column, dtype in schema.items() if dtype is not None}
+    try:
+        if path.suffix == ".parquet":
+            frame = pl.read_parquet(path)
+        else:
+            check_csv_end(path)
+            frame = pl.read_csv(path, infer_schema_length=None)
+        missing = [column for column in schema if column not in frame.columns]
+        if missing:
+            raise ValueError(f"{path} lacks the columns {missing}; it has {frame.columns}")
+        frame = frame.select(*schema).cast(dtypes)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if key and (repeated := frame[key].is_duplicated()).any():
+        raise ValueError(f"{path}: {key} {frame[key][repeated.arg_max()]} occurs in more than one row")
+    return frame
 
 
 def _read_log(paths: list[Path]) -> pl.DataFrame:
     """Returns the log without full duplicates, by time and then by all columns: no trace of the files' row order."""
-    log = pl.concat([_read(path, _LOG_COLUMNS).cast(pl.Int64) for path in paths])
-    return log.unique().sort("time_ms", *_LOG_COLUMNS)
+    logs = []
+    for path in paths:
+        log = _read(path, dict.fromkeys(_LOG_COLUMNS, pl.Int64))
+        for column in _NEVER_MISSING:
+            if log[column].has_nulls():
+                row = log[column].is_null().arg_max() + 1
+                raise ValueError(f"{path}: column {column!r} is empty in row {row}; correct the file or get it again")
+        logs.append(log)
+    return pl.concat(logs).unique().sort("time_ms", *_LOG_COLUMNS)
 
 
 def _read_users(path: Path) -> pl.DataFrame:
     """Returns the users' categories as tokens and their counts as log_<count> = log(1 + count)."""
-    users = _read(path, ("user_id", *USER_CATEGORIES, *USER_COUNTS))
+    counts = dict.fromkeys(USER_COUNTS, pl.Float64)
+    users = _read(path, {"user_id": pl.Int64, **dict.fromkeys(USER_CATEGORIES), **counts}, key="user_id")
     return users.select(
         "user_id",
         *(_token(users[column]) for column in USER_CATEGORIES),
@@ -296,8 +326,9 @@ def _read_users(path: Path) -> pl.DataFrame:
 
 def _read_videos(path: Path) -> pl.DataFrame:
     """Returns the videos' categories as tokens and their duration as a bucket's token and as log(1 + milliseconds)."""
-    videos = _read(path, ("video_id", *VIDEO_CATEGORIES, "video_duration"))
-    duration = videos["video_duration"].cast(pl.Float64).fill_nan(None)
+    categories = dict.fromkeys(VIDEO_CATEGORIES)
+    videos = _read(path, {"video_id": pl.Int64, **categories, "video_duration": pl.Float64}, key="video_id")
+    duration = videos["video_duration"].fill_nan(None)
     bucket = pl.Series(log2_bucket(duration.fill_null(0).cast(pl.Int64).to_numpy())).cast(pl.String)
     return videos.select(
         "video_id",
@@ -315,7 +346,7 @@ def _token(column: pl.Series) -> pl.Series:
 
 
 def _log1p(column: pl.Series) -> pl.Series:
-    return column.cast(pl.Float64).fill_nan(None).log1p().cast(pl.Float32).alias(f"log_{column.name}")
+    return column.fill_nan(None).log1p().cast(pl.Float32).alias(f"log_{column.name}")
 
 
 DATASETS = [
