@@ -26,8 +26,9 @@ def filled(page: str) -> str:
 
 
 def table(name: str) -> str:
-    """Builds one table: ``data`` is the data pipeline's speed, any other name a data set."""
-    return data_speed() if name == "data" else accuracy(name)
+    """Builds one table: the speed of the ``data`` pipeline, the ``scaling`` of a step, or the runs of a data set."""
+    speed = {"data": data_speed, "scaling": scaling}
+    return speed[name]() if name in speed else accuracy(name)
 
 
 def accuracy(dataset_id: str) -> str:
@@ -86,6 +87,20 @@ def data_speed() -> str:
         speed = f"{run['rows_per_second']:,.0f} rows/s"
         rows.append([f"streaming a file of {size}", f"flowctr h5, {name}", speed, f"{run['peak_mb']:,.0f} MB at most"])
     return markdown(["what", "who", "speed", "memory"], rows)
+
+
+def scaling() -> str:
+    """Lists what `benchmarks/speed/scaling.py` measured last."""
+    result = json.loads((HERE / "speed" / "results" / "scaling.json").read_text())
+    rows = []
+    for fit in result["exponents"]:
+        line = [p for p in result["points"] if all(p[k] == fit[k] for k in ("model", "axis")) and "error" not in p]
+        first, last = line[0], line[-1]
+        sizes = f"{first['size']} to {last['size']}"
+        seconds = f"{first['seconds']:.3f} to {last['seconds']:.3f}"
+        memory = f"{first['peak_bytes'] / 2**20:,.0f} to {last['peak_bytes'] / 2**20:,.0f}"
+        rows.append([fit["model"], fit["axis"], sizes, seconds, memory, f"{fit['exponent']:.2f}"])
+    return markdown(["model", "against", "sizes", "seconds a step", "peak MiB", "exponent"], rows)
 
 
 def markdown(columns: list[str], rows: list[list]) -> str:

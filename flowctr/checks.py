@@ -30,6 +30,11 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_positive_integer(value: Any) -> bool:
+    """Says whether a value is an int above 0."""
+    return is_integer(value) and value > 0
+
+
 def is_subclass(value: Any, parent: type) -> bool:
     """Says whether a value is a class derived from ``parent``."""
     return inspect.isclass(value) and issubclass(value, parent)
@@ -60,9 +65,22 @@ def like(default: Any) -> Check:
             lambda value: not isinstance(value, (bool, int, float)), f"a text, like its default {default!r}"
         )
     if isinstance(default, (list, tuple)):
-        types = (list, str, type(None)) if any(isinstance(item, str) for item in default) else (list, type(None))
-        return _require(lambda value: isinstance(value, types), f"a list, like its default {list(default)}")
+        return _or_null(_like_list(default))
     return lambda value: None
+
+
+def _like_list(default: list | tuple) -> Check:
+    example = f"like its default {list(default)}"
+    if default and all(map(is_number, default)):
+        types = (list, type(default))  # not a tuple for a list: FuxiCTR adds other lists to it
+        whole = all(map(is_integer, default)) and max(default) > 1
+        is_item, items = (is_positive_integer, "integers above 0") if whole else (is_number, "numbers")
+        return _require(
+            lambda value: isinstance(value, types) and all(map(is_item, value)), f"a list of {items}, {example}"
+        )
+    if any(isinstance(item, (str, tuple)) for item in default):  # features, of which one stands for itself
+        return _require(lambda value: isinstance(value, (list, tuple, str)), f"a list or a name, {example}")
+    return _require(lambda value: isinstance(value, (list, tuple)), f"a list, {example}")
 
 
 def _require(is_valid: Callable[[Any], bool], rule: str) -> Check:
@@ -92,7 +110,7 @@ def _each(check: Check) -> Check:
     return lambda value: next(filter(None, map(check, value)), None) if isinstance(value, list) else check(value)
 
 
-_positive_integer = _require(lambda value: is_integer(value) and value > 0, "an integer above 0")
+_positive_integer = _require(is_positive_integer, "an integer above 0")
 _natural_number = _require(lambda value: is_integer(value) and value >= 0, "an integer of at least 0")
 _positive_number = _require(lambda value: is_number(value) and value > 0, "a number above 0")
 _boolean = _require(lambda value: isinstance(value, bool), "true or false")
@@ -148,7 +166,7 @@ def _is_feature_encoder(value: Any) -> bool:
 
 
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
 def _is_behaviors(value: Any) -> bool:
@@ -183,7 +201,7 @@ KEY_CHECKS: dict[str, Check] = {
     "group_id": _or_null(_text),
     "use_features": _or_null(_require(_is_texts, "a list of features")),
     "min_categr_count": _positive_integer,
-    "data_block_size": _natural_number,
+    "data_block_size": _require(lambda value: is_integer(value) and value >= -1, "an integer of at least 0, or -1"),
     "h5_compression": _one_of(None, "gzip", "lzf"),
     "behaviors": _or_null(_require(_is_behaviors, "a mapping of each behaviour to the list of its columns")),
 }

@@ -112,7 +112,12 @@ def report(
     with _errors(debug):
         from flowctr.report import write_report
 
-        files = [file for path in results for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+        files: list[Path] = []
+        for path in results:
+            found = sorted(path.glob("*.json")) if path.is_dir() else [path]
+            if not found:
+                raise FileNotFoundError(f"there is no result, no *.json, in the folder {path}")
+            files += found
         print(write_report(files, out))
 
 

@@ -94,9 +94,7 @@ def load(
     if dataset:
         mistakes += _check_dataset(params)
     _raise_all(mistakes, f"experiment {expid!r} of {config_dir}")
-    # FuxiCTR's regularisers take no int: 1 would silently be none at all.
-    integers = {key: float(value) for key, value in params.items() if "regularizer" in key and checks.is_integer(value)}
-    return {**params, **integers}
+    return _as_meant(params)
 
 
 def load_dataset(
@@ -122,7 +120,7 @@ def load_dataset(
     mistakes += checks.complaints(params, checks.KEY_CHECKS)
     mistakes += _check_dataset(params)
     _raise_all(mistakes, f"data set {dataset_id!r}")
-    return params
+    return _as_meant(params)
 
 
 def model_class(name: str, src: ModuleType | None = None) -> type[BaseModel]:
@@ -145,7 +143,7 @@ def model_class(name: str, src: ModuleType | None = None) -> type[BaseModel]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key given twice."""
+    """SafeLoader that reads 1e-3 as a number, as YAML 1.2 does, and tuples, and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[str, int] = {}
@@ -159,6 +157,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# BARS writes the columns that are embedded together as a tuple. The other python tags stay unknown.
+_Loader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
@@ -256,6 +258,15 @@ def _apply(changes: Mapping[str, Any], params: dict[str, Any]) -> list[str]:
     return mistakes
 
 
+def _as_meant(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces what would be read as something else than it is meant to be."""
+    # FuxiCTR's regularisers take no int: 1 would silently be none at all.
+    meant = {key: float(value) for key, value in params.items() if "regularizer" in key and checks.is_integer(value)}
+    if params.get("data_block_size") == -1:  # how BARS says that there are no blocks
+        meant["data_block_size"] = 0
+    return {**params, **meant}
+
+
 # What is wrong with an experiment
 
 
@@ -336,7 +347,13 @@ def _check_metrics(params: Mapping[str, Any], has_groups: bool) -> list[str]:
 
 def _check_dataset(params: Mapping[str, Any]) -> list[str]:
     required = [*REQUIRED_DATASET_KEYS, *([] if params.get("data_format") == "h5" else ["feature_cols", "label_col"])]
-    mistakes = [f"missing key {key!r} of the data set" for key in required if not params.get(key)]
+    missing = [key for key in required if not params.get(key)]
+    mistakes = [f"missing key {key!r} of the data set" for key in missing]
+    if "feature_cols" in missing:
+        mistakes[missing.index("feature_cols")] += (
+            "; npz or parquet files that FuxiCTR has encoded already are not read: give the raw csv or parquet files "
+            "with their feature_cols, or h5 files"
+        )
     features, wrong_features = _columns(params, "feature_cols", FEATURE_KEYS, checks.COLUMN_CHECKS, ("type", "dtype"))
     labels, wrong_labels = _columns(params, "label_col", LABEL_KEYS, checks.LABEL_CHECKS, ("dtype",))
     specs, wrong_specs = _columns(params, "feature_specs", FEATURE_KEYS, checks.COLUMN_CHECKS, ())

@@ -9,12 +9,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import flowctr
 import numpy as np
@@ -33,7 +34,7 @@ from rich.console import Console
 from torch import nn
 
 RESULT_FORMAT = 1
-PACKAGES = ("torch", "numpy", "pandas", "polars", "scipy", "scikit-learn", "pyyaml", "h5py", "tqdm")
+PACKAGES = ("numpy", "pandas", "polars", "scipy", "scikit-learn", "pyyaml", "h5py", "tqdm")
 
 
 class RunningError(RuntimeError):
@@ -64,34 +65,30 @@ def run(
 
     Raises:
         ValueError: If the configuration or the data are wrong.
-        RunningError: If another process runs this experiment with the same ``model_root``.
+        RunningError: If another process runs this experiment with the same seed and ``model_root``.
+        OSError: If a file cannot be written, for a full disk among others.
         TrainingError: If the loss, a prediction or the monitored metric is not a number.
     """
-    started, clock = datetime.now(), time.perf_counter()
     config_dir = Path(config_dir).resolve()
     model_dir = Path(model_dir or config_dir.parent).resolve()
     params = config.load(config_dir, expid, overrides, src)
-    params.update(gpu=gpu, model_root=str(model_dir / params["model_root"]))
+    model_id = f"{expid}-s{params['seed']}"  # names checkpoint and log, so that seeds may run side by side
+    params.update(gpu=gpu, model_id=model_id, model_root=str(model_dir / params["model_root"]))
     checkpoints = Path(params["model_root"]) / params["dataset_id"]
     checkpoints.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(checkpoints / f".{expid}.lock", timeout=0):
-            return _run(params, config_dir, model_dir, src, started, clock)
+        with FileLock(checkpoints / f".{model_id}.lock", timeout=0):
+            return _run(params, expid, config_dir, model_dir, src)
     except Timeout as error:
         raise RunningError(
-            f"another run of {expid} is writing to {checkpoints}; wait for it, or give this one a folder of its own: "
-            "--set model_root=DIR"
+            f"another run of {expid} with seed {params['seed']} is writing to {checkpoints}; wait for it, or give this "
+            "one another seed or a folder of its own: --set model_root=DIR"
         ) from error
 
 
-def _run(
-    params: dict[str, Any],
-    config_dir: Path,
-    model_dir: Path,
-    src: ModuleType | None,
-    started: datetime,
-    clock: float,
-) -> Path:
+def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, src: ModuleType | None) -> Path:
+    started, clock = datetime.now(), time.perf_counter()
+    logging.raiseExceptions = False  # no traceback for each line that a log on a full disk cannot take
     set_logger(params)
     logging.info("Params: %s", print_to_json(params))
     _check_gpu(params["gpu"])
@@ -100,26 +97,29 @@ def _run(
     files = build_h5(params)
     feature_map = load_feature_map(params)
     params.setdefault("num_tasks", len(feature_map.labels))
-    train_data = H5DataLoader(feature_map, files["train"], split="train", **params)
-    valid_data = H5DataLoader(feature_map, files["valid"], split="valid", **params) if files["valid"] else None
+
+    def load(split: str) -> H5DataLoader | None:
+        return H5DataLoader(feature_map, files[split], split=split, **params) if files[split] else None
+
+    # The test data too come before the training: what is wrong with them must not cost it.
+    train_data, valid_data = load("train"), load("valid")
+    test_data = valid_data if files["test"] == files["valid"] else load("test")
     model = accelerate(config.model_class(params["model"], src))(feature_map, **params)
     logging.info("Parameters: %s", _count_parameters(model))
     model.fit(train_data, validation_data=valid_data, **params)
 
-    del train_data
     metrics = {}
     if valid_data:  # what the best evaluation measured is not measured again
         metrics["valid"] = {name: value for name, value in model.restored.items() if name not in ("step", "epoch")}
-    if files["test"] and files["test"] == files["valid"]:
+    if test_data and test_data is valid_data:
         metrics["test"] = metrics["valid"]
-    elif files["test"]:
+    elif test_data:
         logging.info("******** Test evaluation ********")
-        metrics["test"] = model.evaluate(H5DataLoader(feature_map, files["test"], split="test", **params))
+        metrics["test"] = model.evaluate(test_data)
 
-    name = f"{params['model_id']}-s{params['seed']}-{started:%Y%m%d-%H%M%S-%f}"  # runs may start in the same second
     result = {
         "format": RESULT_FORMAT,
-        "expid": params["model_id"],
+        "expid": expid,
         "model": params["model"],
         "dataset_id": params["dataset_id"],
         "seed": params["seed"],
@@ -135,14 +135,17 @@ def _run(
         "wall_seconds": time.perf_counter() - clock,
         "peak_memory_bytes": _peak_memory(model.device),
         "data": {"manifest": _manifest_digest(feature_map)},
-        "attention": _save_attention(model, valid_data, model_dir / "results" / f"{name}.npz"),
         **_environment(model.device),
     }
-    path = model_dir / "results" / f"{name}.json"
-    _write(path, lambda file: file.write(_to_json(result).encode()))
-    _append_line(model_dir / f"{config_dir.name}.csv", result, started)
     console = Console()
-    console.print(metrics_table(result))
+    console.print(metrics_table(result))  # before all writing, which may fail
+    name = f"{params['model_id']}-{started:%Y%m%d-%H%M%S-%f}"  # runs may start in the same second
+    path, lines = model_dir / "results" / f"{name}.json", model_dir / f"{config_dir.name}.csv"
+    result["attention"] = _save_attention(model, valid_data, path.with_suffix(".npz"))
+    with _checkpoint_kept(path, model.checkpoint):
+        _write(path, lambda file: file.write(_to_json(result).encode()))
+    with _checkpoint_kept(lines, model.checkpoint):
+        _append_line(lines, result, started)
     console.print(f"result: {path}", soft_wrap=True)
     console.print(f"report: flowctr report {shlex.quote(str(path))} --out report", soft_wrap=True)
     return path
@@ -169,6 +172,8 @@ def _portable(value: Any) -> Any:
     """Gives paths inside the repository relative to it, so that a result says nothing of the machine."""
     if isinstance(value, dict):
         return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_portable(item) for item in value]
     if isinstance(value, str) and value.startswith(f"{config.REPOSITORY}{os.sep}"):
         return os.path.relpath(value, config.REPOSITORY)
     return value
@@ -201,7 +206,13 @@ def _environment(device: torch.device) -> dict[str, Any]:
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "gpu": gpu,
         },
-        "versions": {**versions, **{name: version(name) for name in PACKAGES}, "cuda": torch.version.cuda},
+        # torch names its build (+cpu, +cu130), which the package's version leaves out
+        "versions": {
+            **versions,
+            "torch": torch.__version__,
+            **{name: version(name) for name in PACKAGES},
+            "cuda": torch.version.cuda,
+        },
         "fuxictr": fuxictr_origin(),
         "commit": _commit(),
     }
@@ -232,13 +243,17 @@ def _manifest_digest(feature_map: FeatureMap) -> str | None:
 
 
 def _save_attention(model: BaseModel, data: H5DataLoader | None, path: Path) -> str | None:
-    """Saves the model's ``attention_maps`` for the first validation batch, if it offers them."""
+    """Saves the model's ``attention_maps`` for the first validation batch, if it offers them and there is room."""
     if data is None or not hasattr(model, "attention_maps"):
         return None
     arrays = {}
-    for name, (weights, rows, columns) in model.attention_maps(next(iter(data))).items():
-        arrays |= {name: weights, f"{name}__rows": np.array(rows), f"{name}__cols": np.array(columns)}
-    _write(path, lambda file: np.savez_compressed(file, **arrays))
+    try:
+        for name, (weights, rows, columns) in model.attention_maps(next(iter(data))).items():
+            arrays |= {name: weights, f"{name}__rows": np.array(rows), f"{name}__cols": np.array(columns)}
+        _write(path, lambda file: np.savez_compressed(file, **arrays))
+    except (OSError, torch.OutOfMemoryError) as error:
+        logging.warning("The attention maps are not saved to %s: %s", path, error)
+        return None
     return path.name
 
 
@@ -247,10 +262,21 @@ def _to_json(result: Mapping[str, Any]) -> str:
     return json.dumps(finite, indent=1)
 
 
-def _write(path: Path, write: Any) -> None:
+@contextmanager
+def _checkpoint_kept(path: Path, checkpoint: str) -> Iterator[None]:
+    """Says what is left when a result cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written: {error}; the metrics are printed above and the checkpoint {checkpoint} is kept"
+        ) from error
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Writes a file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:
             write(file)

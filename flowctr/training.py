@@ -24,6 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 CURVE_POINTS_PER_EVALUATION = 10
+TWO_CLASS_METRICS = ("AUC", "gAUC", "avgAUC")
+OTHER_MONITOR = "monitor a metric that these validation data define, such as logloss, or take other data"
 # How torch's binary_cross_entropy reports a prediction that is nan: on the CPU, and on a GPU.
 NAN_PREDICTION = ("all elements of input should be between 0 and 1", "device-side assert triggered")
 
@@ -54,12 +56,15 @@ def accelerate(model_class: type[Model]) -> type[Model]:
 class GraphedStep:
     """Replays a captured training step: forward, backward, clipping and update go to the GPU in one launch.
 
-    The first steps run as they are, which lets libraries choose their kernels; then one step is captured for the shape
-    of its batch. Batches of another shape, the last of an epoch, run as they are. A changed learning rate is captured
+    The first steps run as they are, which lets libraries choose their kernels; then one step is captured. Batches of
+    another shape than the first, such as the last of an epoch, run as they are. A changed learning rate is captured
     anew.
 
     Args:
         model: A model on a GPU whose ``train_step`` does not read values back from the device.
+
+    Raises:
+        ValueError: If the optimiser counts its steps on the host: the captured step would repeat one count for ever.
     """
 
     WARM_UP_STEPS = 3
@@ -67,22 +72,26 @@ class GraphedStep:
     def __init__(self, model: BaseModel):
         self.model = model
         self.steps = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.key: tuple | None = None
-        for group in model.optimizer.param_groups:
+        self.shapes: dict[str, torch.Size] = {}
+        self.rates: list[float] = []
+        optimizer = model.optimizer
+        if "capturable" not in optimizer.defaults and not isinstance(optimizer, torch.optim.SGD):
+            raise ValueError(f"cuda_graphs cannot capture {type(optimizer).__name__}; use adam or SGD, or turn it off")
+        for group in optimizer.param_groups:
             if "capturable" in group:
-                group["capturable"] = True  # keeps the optimiser's step counter on the device
+                group["capturable"] = True  # keeps the step counter on the device
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Trains on a batch that lies on the device and returns its loss."""
         self.steps += 1
-        shapes = tuple((name, values.shape) for name, values in batch.items())
-        rates = tuple(group["lr"] for group in self.model.optimizer.param_groups)
-        if self.steps <= self.WARM_UP_STEPS or (self.graph is not None and shapes != self.key[0]):
+        shapes = {name: values.shape for name, values in batch.items()}
+        self.shapes = self.shapes or shapes
+        if self.steps <= self.WARM_UP_STEPS or shapes != self.shapes:
             return self.model.train_step(batch)
-        if self.key != (shapes, rates):
+        rates = [group["lr"] for group in self.model.optimizer.param_groups]
+        if rates != self.rates:
             self._capture(batch)
-            self.key = (shapes, rates)
+            self.rates = rates
         for name, values in self.inputs.items():
             values.copy_(batch[name])
         self.graph.replay()
@@ -92,8 +101,10 @@ class GraphedStep:
         self.inputs = {name: values.clone() for name, values in batch.items()}
         self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread may go on pinning memory meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with (  # thread_local: the loader's thread may go on pinning memory meanwhile
+            torch.cuda.device(self.model.device),  # on which the capture's stream is made
+            torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+        ):
             self.loss = self.model.train_step(self.inputs).detach()
 
 
@@ -142,6 +153,7 @@ class Engine:
             **kwargs: Other parameters of a configuration, which have no effect here.
 
         Raises:
+            ValueError: If the monitored metric needs both classes of a label, of which the validation data have one.
             TrainingError: If a loss, a prediction or the monitored metric is not a number.
         """
         steps_per_epoch = len(data_generator)
@@ -149,6 +161,7 @@ class Engine:
         self.restored = None
         self.base_rates = getattr(data_generator, "base_rates", None)
         self.valid_gen = validation_data
+        self._check_validation_classes()
         self._evaluate_every = self._eval_steps or steps_per_epoch
         self._record_every = max(1, min(self._evaluate_every, steps_per_epoch) // CURVE_POINTS_PER_EVALUATION)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -181,6 +194,17 @@ class Engine:
             self.eval_step()
         logging.info("Load the best weights, epoch %(epoch)d, step %(step)d", self.restored)
         self.load_weights(self.checkpoint)
+
+    def _check_validation_classes(self) -> None:
+        rates = getattr(self.valid_gen, "base_rates", {})
+        one_class = [label for label in self._outputs() if rates.get(label) in (0, 1)]
+        for name in self._monitor.get_metrics():  # a name without a label is the mean over all of them
+            undefined = [label for label in one_class if name.removeprefix(f"{label}_") in TWO_CLASS_METRICS]
+            if undefined:
+                raise ValueError(
+                    f"the monitored {name} needs both classes, but the validation labels of {', '.join(undefined)} are "
+                    f"all of one class; {OTHER_MONITOR}"
+                )
 
     def train_epoch(self, data_generator: Batches) -> None:
         """Trains one epoch, or less when early stopping ends it."""
@@ -215,8 +239,8 @@ class Engine:
             one_class = [label for label, values in y_true.items() if values.min() == values.max()]
             reason = f"the validation labels of {', '.join(one_class)} are all of one class; " if one_class else ""
             raise TrainingError(
-                f"the monitored {' + '.join(self._monitor.get_metrics())} is nan at step {self._total_steps}: {reason}"
-                "monitor a metric that these validation data define, such as logloss, or take other data"
+                f"the monitored {' + '.join(self._monitor.get_metrics())} is nan at step {self._total_steps}: "
+                f"{reason}{OTHER_MONITOR}"
             )
         best = self._best_metric
         self.checkpoint_and_earlystop(logs)
@@ -342,9 +366,7 @@ class Engine:
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray | None]:
         """Gathers labels and predictions by label, float64, and the group ids; each leaves the device once."""
         self.eval()
-        labels = self.feature_map.labels
-        is_multi_task = isinstance(self, MultiTaskModel)
-        outputs = {label: f"{label}_pred" for label in labels} if is_multi_task else {labels[0]: "y_pred"}
+        outputs = self._outputs()
         y_true: dict[str, list[Tensor]] = {label: [] for label in outputs}
         y_pred: dict[str, list[Tensor]] = {label: [] for label in outputs}
         groups: list[Tensor] = []
@@ -359,12 +381,23 @@ class Engine:
         return (
             {label: torch.cat(parts).double().cpu().numpy() for label, parts in y_true.items()},
             {label: torch.cat(parts).double().cpu().numpy() for label, parts in y_pred.items()},
-            torch.cat(groups).cpu().numpy() if groups else None,
+            torch.cat(groups).numpy() if groups else None,
         )
 
+    def _outputs(self) -> dict[str, str]:
+        """Names the prediction of each label that the model has one for."""
+        labels = self.feature_map.labels
+        if isinstance(self, MultiTaskModel):
+            return {label: f"{label}_pred" for label in labels}
+        return {labels[0]: "y_pred"}
+
     def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies a batch without waiting for the device; FuxiCTR's ``get_inputs`` would wait for every column."""
-        return {name: values.to(self.device, non_blocking=True) for name, values in batch.items()}
+        """Copies what is computed with, all but meta columns; FuxiCTR's ``get_inputs`` would wait for every column."""
+        meta = {name for name, spec in self.feature_map.features.items() if spec["type"] == "meta"}
+        return {
+            name: values if name in meta else values.to(self.device, non_blocking=True)
+            for name, values in batch.items()
+        }
 
     def _progress(self, data_generator: Batches, what: str) -> Batches:
         """Shows the progress and the rate on a terminal, nothing in a log."""

@@ -28,6 +28,8 @@ class Toy(Parent):
         use_bias=True,
         flow="int",
         widths=(16, 8),
+        rates=[0, 0.5],  # noqa: B006  as FuxiCTR's models have them
+        target_field=[("item_id", "cate_id")],  # noqa: B006
         embedding_initializer="partial(nn.init.normal_, std=1e-4)",
         behaviors=None,
         learning_rate=1e-3,
@@ -274,6 +276,16 @@ def test_a_missing_key_of_the_data_set_is_named(folder, key):
     assert f"missing key '{key}' of the data set" in mistakes(folder)
 
 
+@pytest.mark.parametrize("data_format", ["npz", "parquet", "csv"])
+def test_data_that_fuxictr_has_encoded_are_refused(folder, data_format):
+    (folder / "dataset_config.yaml").write_text(
+        f"tiny: {{data_root: ../data/, data_format: {data_format}, train_data: ../data/train.npz}}"
+    )
+    message = mistakes(folder)
+    assert "missing key 'feature_cols' of the data set; npz or parquet files that FuxiCTR has encoded" in message
+    assert "give the raw csv or parquet files with their feature_cols, or h5" in message
+
+
 def test_unknown_experiment_data_set_and_model_list_what_exists(folder):
     assert "unknown experiment 'Toy_tst'; the nearest is 'Toy_test' (known: Toy_test)" in mistakes(
         folder, expid="Toy_tst"
@@ -313,7 +325,14 @@ def test_keys_are_those_of_constructors_that_can_be_reached(folder):
         ("data_format=npz", "one of csv, parquet, h5"),
         ("h5_compression=zip", "one of null, gzip, lzf"),
         ("dropout=high", "a number, like its default 0"),
-        ("widths=64", "a list, like its default [16, 8]"),
+        ("widths=64", "a list of integers above 0, like its default [16, 8]"),
+        ("widths=[a]", "a list of integers above 0, like its default [16, 8]; got ['a']"),
+        ("widths=[16, 0]", "a list of integers above 0"),
+        ("widths=[1.5]", "a list of integers above 0"),
+        ("rates=[high]", "a list of numbers, like its default [0, 0.5]"),
+        ("rates=!!python/tuple [0]", "a list of numbers, like its default [0, 0.5]"),  # FuxiCTR adds lists to it
+        ("target_field=3", "a list or a name, like its default [('item_id', 'cate_id')]"),
+        ("data_block_size=-2", "an integer of at least 0, or -1"),
         ("flow=1", "a text, like its default 'int'"),
         ("save_best_only=yes please", "true or false"),
         ("embedding_regularizer=l3(1)", "l1_l2(x, y)"),
@@ -410,12 +429,41 @@ def test_wrong_yaml_is_refused(folder, content, complaint):
 
 
 @pytest.mark.parametrize("kind", ["object/apply:os.system", "object/new:os.system", "name:os.system", "module:os"])
-def test_python_tags_are_refused(folder, tmp_path, kind):
+@pytest.mark.parametrize("form", ["{}", "!!python/tuple [{}]"])
+def test_python_tags_are_refused(folder, tmp_path, form, kind):
     executed = tmp_path / "executed"
     with open(folder / "model_config.yaml", "a") as file:
-        file.write(f"    flow: !!python/{kind} ['touch {executed}']\n")
+        file.write(f"    flow: {form.format(f'!!python/{kind} [touch {executed}]')}\n")
     assert "is not valid YAML" in mistakes(folder)
     assert not executed.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("item", "item"),
+        ("[item, cate]", ["item", "cate"]),
+        ("!!python/tuple [item, cate]", ("item", "cate")),
+        ("[!!python/tuple [item, cate], item]", [("item", "cate"), "item"]),
+    ],
+)
+def test_features_are_named_as_in_the_configurations_of_bars(folder, text, value):
+    with open(folder / "model_config.yaml", "a") as file:
+        file.write(f"    target_field: {text}\n")
+    assert load(folder, "Toy_test", src=SRC)["target_field"] == value
+
+
+def test_a_tuple_is_taken_for_a_list_of_names_or_numbers(folder):
+    overrides = ["widths=!!python/tuple [4, 2]", "use_features=!!python/tuple [item]"]
+    params = load(folder, "Toy_test", overrides, SRC)
+    assert params["widths"] == (4, 2) and params["use_features"] == ("item",)
+    assert "is not valid YAML" in mistakes(folder, "widths=!!python/tuple 4")
+
+
+def test_a_block_size_of_minus_1_means_no_blocks(folder):
+    assert load(folder, "Toy_test", ["data_block_size=-1"], SRC)["data_block_size"] == 0
+    assert load_dataset("tiny", folder, ["data_block_size=-1"])["data_block_size"] == 0
+    assert load(folder, "Toy_test", ["data_block_size=7"], SRC)["data_block_size"] == 7
 
 
 CALLS = (

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import flowctr
@@ -148,7 +149,8 @@ def root_logger():
     handlers, level = list(root.handlers), root.level
     yield
     for handler in set(root.handlers) - set(handlers):
-        handler.close()
+        with suppress(OSError):  # a log on a full disk
+            handler.close()
     root.handlers, root.level = handlers, level
 
 
@@ -213,10 +215,10 @@ def test_a_run_from_another_folder(folder, tmp_path):
     assert metrics_of(valid) == pytest.approx(result["metrics"]["valid"], abs=5e-7)
     assert metrics_of(test) == pytest.approx(result["metrics"]["test"], abs=5e-7)
 
-    log = (folder / "checkpoints" / "two_labels" / "Toy_test.log").read_text()
+    log = (folder / "checkpoints" / "two_labels" / "Toy_test-s5.log").read_text()
     assert "[Metrics]" in log and "Train loss" in log and '"seed": "5"' in log
     assert f"Load the best weights, epoch {best['epoch']}, step {best['step']}" in log
-    assert (folder / "checkpoints" / "two_labels" / "Toy_test.model").exists()
+    assert (folder / "checkpoints" / "two_labels" / "Toy_test-s5.model").exists()
     assert not any(tmp_path.glob("*.csv")) and not (tmp_path / "checkpoints").exists()
 
 
@@ -228,11 +230,40 @@ def test_wrong_input_ends_with_one_message_and_code_2(folder, tmp_path):
 
 
 def test_a_failed_run_ends_with_one_message_and_code_1(folder, tmp_path):
-    write_table(folder / "data" / "valid.csv", 100, 3, click=1)
-    done = run_script(folder, cwd=tmp_path)
+    done = run_script(folder, "--set", "learning_rate=1e30", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: the monitored AUC is nan" in done.stderr and "labels of click are all of one class" in done.stderr
+    assert "error: the " in done.stderr and "lower learning_rate" in done.stderr
     assert not (folder / "results").exists()
+
+
+def record_loading(monkeypatch):
+    """Returns a list that gets the split of each loader that is made, and "fit"."""
+    events, fit = [], Engine.fit
+
+    class Loader(experiment.H5DataLoader):
+        def __init__(self, feature_map, data_path, split, **kwargs):
+            events.append(split)
+            super().__init__(feature_map, data_path, split, **kwargs)
+
+    monkeypatch.setattr(experiment, "H5DataLoader", Loader)
+    monkeypatch.setattr(Engine, "fit", lambda *args, **kwargs: events.append("fit") or fit(*args, **kwargs))
+    return events
+
+
+def test_all_data_are_loaded_and_checked_before_the_training(folder, src, monkeypatch):
+    events = record_loading(monkeypatch)
+    experiment.run(folder / "config", "Toy_test", src, overrides=["epochs=1"])
+    assert events == ["train", "valid", "test", "fit"]
+    events.clear()
+    experiment.run(folder / "config", "Toy_one", src, overrides=["epochs=1"])
+    assert events == ["train", "valid", "fit"]  # its test data are those of the validation
+
+
+def test_validation_data_of_one_class_are_refused_before_the_training(folder, src):
+    write_table(folder / "data" / "valid.csv", 100, 3, click=1)
+    with pytest.raises(ValueError, match=r"the monitored AUC .* validation labels of click are all of one class"):
+        experiment.run(folder / "config", "Toy_test", src)
+    assert "Train loss" not in (folder / "checkpoints" / "two_labels" / "Toy_test-s1.log").read_text()
 
 
 def test_one_label_whose_test_is_its_validation(folder, src, monkeypatch):
@@ -261,7 +292,7 @@ def test_valid_metrics_are_those_of_the_saved_weights(folder, src):
     params = {**result["config"], "verbose": 0}
     feature_map = experiment.load_feature_map(params)
     model = experiment.accelerate(src.Toy)(feature_map, **params)
-    model.load_weights(folder / "checkpoints" / "two_labels" / "Toy_test.model")
+    model.load_weights(folder / "checkpoints" / "two_labels" / "Toy_test-s1.model")
     train = experiment.H5DataLoader(feature_map, folder / "data" / "two_labels" / "train.h5")
     model.base_rates = train.base_rates
     for split in ("valid", "test"):
@@ -287,7 +318,7 @@ def test_a_metric_without_a_value_is_null(folder, src):
 def test_a_gpu_that_is_not_there_is_warned_of(folder, src, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     experiment.run(folder / "config", "Toy_one", src, gpu=0, overrides=["epochs=1"])
-    log = (folder / "checkpoints" / "one_label" / "Toy_one.log").read_text()
+    log = (folder / "checkpoints" / "one_label" / "Toy_one-s1.log").read_text()
     assert "WARNING !!! --gpu 0 was asked for, but there is no GPU" in log
 
 
@@ -306,6 +337,7 @@ def test_errors_keep_what_was_there(folder, src):
 
 def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path):
     def fail(file):
+        assert file.name.endswith(f"result.json.{os.getpid()}.tmp")  # other processes write their own
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
@@ -314,6 +346,43 @@ def test_a_result_that_cannot_be_written_leaves_nothing(tmp_path):
         experiment._write(tmp_path / "result.json", fail)
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
     assert (tmp_path / "result.json").read_text() == "old"
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("function", "name"), [("_to_json", r"results/Toy_one-s1-.*\.json"), ("print_to_list", "csv")])
+def test_a_full_disk_costs_neither_the_numbers_nor_the_checkpoint(folder, src, monkeypatch, capsys, function, name):
+    monkeypatch.setattr(experiment, function, full_disk)
+    message = (
+        rf"{name} cannot be written: .*No space left.*printed above and the checkpoint .*Toy_one-s1\.model is kept"
+    )
+    with pytest.raises(OSError, match=message):
+        experiment.run(folder / "config", "Toy_one", src, overrides=["epochs=1"])
+    assert re.search(r"valid +│ click +│ 0\.\d{6}", capsys.readouterr().out)
+    assert (folder / "checkpoints" / "one_label" / "Toy_one-s1.model").exists()
+
+
+def test_a_full_disk_costs_no_more_than_the_attention_maps(folder, src, monkeypatch):
+    monkeypatch.setattr(np, "savez_compressed", full_disk)
+    path = experiment.run(folder / "config", "Toy_one", src, overrides=["epochs=1"])
+    result = json.loads(path.read_text())
+    assert result["attention"] is None and 0 < result["metrics"]["valid"]["AUC"] < 1
+    assert [file.name for file in path.parent.iterdir() if not file.name.startswith(".")] == [path.name]
+    log = (folder / "checkpoints" / "one_label" / "Toy_one-s1.log").read_text()
+    assert "WARNING The attention maps are not saved to" in log and "No space left" in log
+
+
+def test_a_log_that_cannot_grow_is_passed_over(folder, src, monkeypatch, capsys):
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    log = folder / "checkpoints" / "one_label" / "Toy_one-s1.log"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/dev/full")
+    path = experiment.run(folder / "config", "Toy_one", src, overrides=["epochs=1"])
+    assert path.exists()
+    printed = capsys.readouterr().err
+    assert "Train loss" in printed and "Logging error" not in printed
 
 
 def test_debug_shows_where_an_error_comes_from(monkeypatch):
@@ -363,6 +432,8 @@ def test_command_report(folder, src, tmp_path, capsys):
     page = Path(capsys.readouterr().out.strip())
     assert page == tmp_path / "report" / "index.html" and "Toy_one" in page.read_text()
     assert call("report", folder / "run_expid.py", "--out", tmp_path / "report") == 2
+    assert call("report", path.parent, folder / "src", "--out", tmp_path / "report") == 2
+    assert f"there is no result, no *.json, in the folder {folder}/src" in capsys.readouterr().err
 
 
 def test_command_prepare(tmp_path, capsys):
@@ -400,7 +471,7 @@ def test_every_model_folder_has_the_same_script():
 def test_a_second_run_of_the_same_experiment_is_refused_while_the_first_writes(folder, src, monkeypatch):
     def run_again(self, *args, **kwargs):
         monkeypatch.undo()
-        with pytest.raises(experiment.RunningError, match="--set model_root=DIR"):
+        with pytest.raises(experiment.RunningError, match=r"Toy_one with seed 1 .*--set model_root=DIR"):
             experiment.run(folder / "config", "Toy_one", src)
         experiment.run(folder / "config", "Toy_one", src, overrides=[f"model_root={folder / 'elsewhere'}"])
         return fit(self, *args, **kwargs)
@@ -411,12 +482,23 @@ def test_a_second_run_of_the_same_experiment_is_refused_while_the_first_writes(f
     assert len(list((folder / "results").glob("*.json"))) == 2
 
 
-def test_runs_that_start_in_the_same_second_keep_their_results(folder, tmp_path):
-    script = [sys.executable, folder / "run_expid.py", "--expid", "Toy_one"]
-    runs = [subprocess.Popen([*script, "--set", f"model_root={tmp_path / str(i)}"]) for i in range(2)]
-    assert [run.wait() for run in runs] == [0, 0]
-    assert len(list((folder / "results").glob("*.json"))) == 2
-    assert len((folder / "config.csv").read_text().splitlines()) == 2
+def test_runs_side_by_side_do_not_touch_each_other(folder, src, tmp_path):
+    script = [sys.executable, folder / "run_expid.py"]
+    variants = [["--seed", "1"], ["--seed", "2"], ["--seed", "2", "--set", f"model_root={tmp_path / 'elsewhere'}"]]
+    runs = [subprocess.Popen([*script, *variant]) for variant in variants]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    assert len((folder / "config.csv").read_text().splitlines()) == 3
+    results = [json.loads(path.read_text()) for path in (folder / "results").glob("*.json")]
+    assert sorted(result["seed"] for result in results) == [1, 2, 2]
+    alone = {
+        seed: json.loads(experiment.run(folder / "config", "Toy_test", src, overrides=[f"seed={seed}"]).read_text())
+        for seed in (1, 2)
+    }
+    assert alone[1]["metrics"] != alone[2]["metrics"]
+    for result in results:
+        assert result["expid"] == "Toy_test"
+        for split, expected in alone[result["seed"]]["metrics"].items():
+            assert result["metrics"][split] == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_report_takes_folders_of_results(folder, src, tmp_path, monkeypatch, capsys):
@@ -430,5 +512,12 @@ def test_a_report_takes_folders_of_results(folder, src, tmp_path, monkeypatch, c
 
 
 def test_paths_in_the_repository_are_given_relative_to_it():
-    inside = {"train_data": str(experiment.config.REPOSITORY / "data" / "x"), "seeds": [1], "other": "/elsewhere/y"}
-    assert experiment._portable(inside) == {"train_data": "data/x", "seeds": [1], "other": "/elsewhere/y"}
+    path = str(experiment.config.REPOSITORY / "data" / "x")
+    columns = [{"name": ("item", "cate"), "pretrained_emb": path}]
+    inside = {"train_data": path, "feature_cols": columns, "seeds": [1], "other": "/elsewhere/y"}
+    assert experiment._portable(inside) == {
+        "train_data": "data/x",
+        "feature_cols": [{"name": ["item", "cate"], "pretrained_emb": "data/x"}],
+        "seeds": [1],
+        "other": "/elsewhere/y",
+    }

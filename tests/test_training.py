@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flowctr.metrics import evaluate_metrics
-from flowctr.training import TrainingError, accelerate
+from flowctr.training import GraphedStep, TrainingError, accelerate
 from fuxictr.pytorch.layers import FeatureEmbedding, MLP_Block
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 from fuxictr.pytorch.torch_utils import seed_everything
@@ -270,14 +270,95 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
         model.fit(batches_of(model.feature_map, 40), epochs=3)
 
 
+def one_class_of_like(feature_map, value):
+    batches = batches_of(feature_map, 3)
+    for batch in batches:
+        batch["like"] = torch.full_like(batch["like"], value)
+    return batches
+
+
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("monitor", ["AUC", "gAUC", "like_AUC", {"click_logloss": -1, "like_avgAUC": 1}])
+def test_a_monitor_that_needs_both_classes_is_refused_before_training(tmp_path, monitor, value):
+    model = build(TwoTasks, tmp_path, monitor=monitor, metrics=["AUC", "gAUC", "avgAUC", "logloss"])
+    model.train_step = lambda batch: pytest.fail("it trains")
+    valid = one_class_of_like(model.feature_map, value)
+    message = r"the monitored \w+ needs both classes, but the validation labels of like are.*monitor a metric.*logloss"
+    with pytest.raises(ValueError, match=message):
+        model.fit(batches_of(model.feature_map, 7), validation_data=valid)
+
+
+@pytest.mark.parametrize("monitor", ["click_AUC", {"logloss": -1}])
+def test_a_monitor_of_the_other_label_is_taken(tmp_path, monitor):
+    model = build(TwoTasks, tmp_path, monitor=monitor)
+    valid = one_class_of_like(model.feature_map, 1)
+    with pytest.warns(UserWarning, match="AUC"):
+        model.fit(batches_of(model.feature_map, 7), validation_data=valid)
+    assert len(model.history["valid"]) == 1
+
+
 def test_validation_labels_of_one_class_are_named(tmp_path):
     model = build(TwoTasks, tmp_path)
-    valid = batches_of(model.feature_map, 3)
-    for batch in valid:
-        batch["like"] = torch.zeros_like(batch["like"])
+    valid = list(one_class_of_like(model.feature_map, 0))  # a list says nothing of its labels before
     message = "monitored AUC is nan at step 7: the validation labels of like are all of one class"
     with pytest.warns(UserWarning, match="AUC"), pytest.raises(TrainingError, match=message):
         model.fit(batches_of(model.feature_map, 7), validation_data=valid, epochs=3)
+
+
+def test_cuda_graphs_have_no_effect_on_the_cpu(tmp_path):
+    settings = {"optimizer": "Adagrad"}  # which a graph could not capture
+    model, graphed = build(SingleTask, tmp_path, **settings), build(SingleTask, tmp_path, cuda_graphs=True, **settings)
+    assert train(graphed) == train(model)
+    assert graphed.history == model.history
+    for name, weight in model.state_dict().items():
+        assert torch.equal(graphed.state_dict()[name], weight), name
+
+
+class RecordedStep(GraphedStep):
+    """Stands in for the GPU: what is captured is recorded, its replay computes on the captured inputs."""
+
+    def _capture(self, batch):
+        self.captured = [*getattr(self, "captured", []), len(batch["item"])]
+        self.inputs = {name: values.clone() for name, values in batch.items()}
+        self.graph = self
+
+    def replay(self):
+        self.loss = self.model.train_step(self.inputs).detach()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "SGD"])
+def test_a_captured_step_sees_each_batch_and_learning_rate(tmp_path, optimizer):
+    model, graphed = (build(SingleTask, tmp_path, optimizer=optimizer) for _ in range(2))
+    # the fourth step, which would be captured, is on a batch of another shape
+    batches = [toy_batch(model.feature_map, rows=5 if i in (3, 8) else 32, seed=i) for i in range(12)]
+    step = RecordedStep(graphed)
+    for each in (model, graphed):
+        each._max_gradient_norm = 10.0
+        for group in each.optimizer.param_groups:
+            group["capturable"] = False  # the CPU's optimisers refuse it
+    for i, batch in enumerate(batches):
+        for each in (model, graphed):
+            if i == 9:
+                each.lr_decay()
+        torch.manual_seed(i)
+        expected = model.train_step(batch)
+        torch.manual_seed(i)
+        assert step(batch).item() == expected.item(), i
+    assert step.captured == [32, 32]  # at first, and for the lower learning rate
+
+
+def test_an_optimizer_that_counts_steps_on_the_host_is_not_captured(tmp_path):
+    with pytest.raises(ValueError, match="cuda_graphs cannot capture Adagrad; use adam or SGD"):
+        GraphedStep(build(SingleTask, tmp_path, optimizer="Adagrad"))
+
+
+def test_meta_columns_stay_on_the_host(tmp_path):
+    model = build(SingleTask, tmp_path)
+    model.device = torch.device("meta")
+    batch = toy_batch(model.feature_map)
+    on_device = model._on_device(batch)
+    assert list(on_device) == list(batch)
+    assert [name for name, values in on_device.items() if values.device.type == "cpu"] == ["user_group"]
 
 
 def test_predictions_that_are_not_numbers_are_an_error(tmp_path):
