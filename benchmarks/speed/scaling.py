@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 LENGTHS = (50, 100, 200, 400, 800, 1600, 3200)
 FIELDS = (10, 25, 50, 100, 200, 400)
 VOCABULARY = 1000
+MEMORY_LIMIT = 12 * 2**30  # a point that needs more is reported as an error instead of filling the machine
 MODELS = {
     "INFNet v2": ("INFNet", {"version": "v2", "num_blocks": 3, "num_field_hubs": 16}),
     "InterFormer": ("InterFormer", {"num_layers": 3, "num_heads": 1}),
@@ -60,6 +61,8 @@ def measure(model: str, axis: str, size: int, options) -> dict[str, float]:
 
     class_name, arguments = MODELS[model]
     fields, length = (20, size) if axis == "sequence length" else (size, 50)
+    if options.gpu < 0:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     feature_map = make_feature_map(fields, length)
     module = __import__(f"flowctr.models.{class_name}", fromlist=[class_name])
     torch.manual_seed(0)
