@@ -5,15 +5,15 @@ never executed.
 """
 
 import ast
-import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flowctr  # noqa: F401  before fuxictr, so that it needs no ray
 import fuxictr.pytorch.layers
 import torch
+from flowctr.names import nearest
 from torch import nn
 
 Check = Callable[[Any], str | None]
@@ -38,12 +38,6 @@ def is_positive_integer(value: Any) -> bool:
 def is_subclass(value: Any, parent: type) -> bool:
     """Says whether a value is a class derived from ``parent``."""
     return inspect.isclass(value) and issubclass(value, parent)
-
-
-def nearest(name: Any, names: Iterable[str]) -> str:
-    """Returns the name that looks most like the given one."""
-    by_lower_case = {known.lower(): known for known in sorted(names)}
-    return by_lower_case[difflib.get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0)[0]]
 
 
 def complaints(values: Mapping[str, Any], checks: Mapping[str, Check], where: str = "") -> list[str]:

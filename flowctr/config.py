@@ -19,6 +19,7 @@ import yaml
 from flowctr import checks
 from flowctr.data import H5DataLoader
 from flowctr.metrics import evaluate_metrics
+from flowctr.names import nearest
 from flowctr.training import Engine
 from fuxictr.pytorch.models import BaseModel
 
@@ -431,12 +432,12 @@ def _unknown(kind: str, name: Any, known: Iterable[str]) -> str:
     known = sorted(map(str, known))
     if not known:
         return f"unknown {kind} {name!r}; there is none"
-    return f"unknown {kind} {name!r}; the nearest is {checks.nearest(name, known)!r} (known: {', '.join(known)})"
+    return f"unknown {kind} {name!r}; the nearest is {nearest(name, known)!r} (known: {', '.join(known)})"
 
 
 def _unknown_keys(keys: Iterable[str], known: set[str]) -> list[str]:
     unknown = [key for key in keys if key not in known]
-    return [f"unknown key {key!r}; the nearest valid name is {checks.nearest(key, known)!r}" for key in unknown]
+    return [f"unknown key {key!r}; the nearest valid name is {nearest(key, known)!r}" for key in unknown]
 
 
 def _raise_all(mistakes: Sequence[str], subject: str) -> None:

@@ -4,7 +4,6 @@ FuxiCTR sends one task per group to a process pool; here the rows are sorted onc
 metric is a segmented sum over that order.
 """
 
-import difflib
 import math
 import re
 import warnings
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from flowctr.names import nearest
 from numpy.typing import ArrayLike
 
 LOG_METRICS = ("logloss", "binary_crossentropy", "NE")
@@ -179,10 +179,8 @@ def _ndcg_cutoff(name: str) -> int | None:
         return int(match[1] or match[2] or 1)
     if name in METRICS and name != "NDCG@k":
         return None
-    by_lower_case = {metric.lower(): metric for metric in METRICS}
-    nearest = by_lower_case[difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0)[0]]
     raise ValueError(
-        f"unknown metric {name!r}; the nearest valid name is {nearest!r} (valid: {', '.join(METRICS)}; k >= 1)"
+        f"unknown metric {name!r}; the nearest valid name is {nearest(name, METRICS)!r} (valid: {', '.join(METRICS)}; k >= 1)"
     )
 
 

@@ -16,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from flowctr._fuxictr import fuxictr_origin
-from flowctr.data.files import NO_SPACE, did_you_mean, lock_of, locked, read_json
+from flowctr.data.files import NO_SPACE, lock_of, locked, read_json
 from flowctr.data.format import feature_map_digest, find_h5, read_feature_map
+from flowctr.names import did_you_mean
 from fuxictr.features import FeatureMap
 
 FORMAT = 1

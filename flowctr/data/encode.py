@@ -12,8 +12,9 @@ from types import ModuleType
 import numpy as np
 import polars as pl
 import pyarrow as pa
-from flowctr.data.files import check_csv_end, did_you_mean, read_json
+from flowctr.data.files import check_csv_end, read_json
 from flowctr.data.format import H5Writer, feature_map_digest, narrow_dtype, read_feature_map
+from flowctr.names import did_you_mean
 from tqdm import tqdm
 
 BATCH_ROWS, BATCH_STEPS = 65536, 2**24  # rows encoded at a time, fewer where sequences are long

@@ -1,6 +1,5 @@
 """What preparing, building and loading share: files that may be damaged, cut off or in use."""
 
-import difflib
 import errno
 import json
 import logging
@@ -13,12 +12,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def did_you_mean(name, names) -> str:
-    """Returns a remark for an error message about an unknown name, empty if no name is close to it."""
-    matches = difflib.get_close_matches(str(name), list(names), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
 
 
 def read_json(path: Path, keys: Iterable[str], remedy: str) -> dict:

@@ -6,11 +6,11 @@ tables to the h5 pipeline.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from flowctr.datasets import bars_x1, din_protocol, kuairand
 from flowctr.datasets.base import Dataset
+from flowctr.names import did_you_mean
 
 DATASETS: dict[str, Dataset] = {
     dataset.id: dataset for dataset in (*kuairand.DATASETS, *din_protocol.DATASETS, *bars_x1.DATASETS)
@@ -33,7 +33,7 @@ def prepare(dataset_id: str, raw: Path, out: Path) -> list[Path]:
         ValueError: If the data set is unknown or a raw file is not what it should be.
     """
     if dataset_id not in DATASETS:
-        near = difflib.get_close_matches(dataset_id, DATASETS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown data set {dataset_id!r}{hint}; known: {', '.join(DATASETS)}")
+        raise ValueError(
+            f"unknown data set {dataset_id!r}{did_you_mean(dataset_id, DATASETS)}; known: {', '.join(DATASETS)}"
+        )
     return DATASETS[dataset_id].function(Path(raw), Path(out))
