@@ -180,7 +180,8 @@ def _ndcg_cutoff(name: str) -> int | None:
     if name in METRICS and name != "NDCG@k":
         return None
     raise ValueError(
-        f"unknown metric {name!r}; the nearest valid name is {nearest(name, METRICS)!r} (valid: {', '.join(METRICS)}; k >= 1)"
+        f"unknown metric {name!r}; the nearest valid name is {nearest(name, METRICS)!r} "
+        f"(valid: {', '.join(METRICS)}; k >= 1)"
     )
 
 

@@ -78,6 +78,7 @@ def test_narrow_ids_are_enough(name):
     torch.testing.assert_close(model(narrow)["y_pred"], model(batch)["y_pred"])
 
 
+@pytest.mark.filterwarnings("ignore:num_field_hubs")
 @pytest.mark.parametrize("missing", [("age", "hour"), ("user", "age", "hour"), ("user_group",)])
 def test_data_with_fewer_columns(name, missing):
     feature_map, batch = toy_feature_map(), toy_batch(toy_feature_map())
