@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import polars as pl
 from flowctr.datasets.kuairand import PURE_FILES, USER_CATEGORIES, VIDEO_CATEGORIES, WINDOW_FILES
+from flowctr.datasets.kuairand_tabs import FILES as PURE_TABS_FILES
+from flowctr.datasets.kuairand_tabs import VIDEO_STATISTICS
 
 WINDOW_DAYS = [20220425, 20220428, 20220504, 20220505, 20220506, 20220507, 20220508]
 PURE_DAYS = [20220408 + day for day in range(10)]
@@ -49,6 +52,7 @@ def kuairand_videos() -> pl.DataFrame:
     ids = range(100, 111)
     columns = {name: [f"{name}{i % 4}" for i in ids] for name in VIDEO_CATEGORIES}
     columns |= {"author_id": [7 * i for i in ids], "music_type": [9.0] * 10 + [None]}
+    columns |= {"server_width": [360.0 * (i % 5) for i in ids], "server_height": [1280.0 + i % 7 for i in ids]}
     columns |= {"tag": ["39", "39,68"] * 5 + [None], "video_duration": [1000.0 * 2**i for i in range(10)] + [None]}
     return pl.DataFrame({"video_id": ids} | columns)
 
@@ -88,6 +92,67 @@ def write_pure(raw: Path, log: pl.DataFrame) -> Path:
     log.filter(pl.col("date") >= middle).write_csv(raw / second)
     kuairand_users().write_csv(raw / users)
     kuairand_videos().write_csv(raw / videos)
+    return raw
+
+
+def kuairand_statistics() -> pl.DataFrame:
+    """Videos 109 to 112: 110 has one value missing, 112 is in no other file."""
+    rng = np.random.default_rng(0)
+    columns = {name: 10 ** rng.uniform(-1, 11, size=4) for name in VIDEO_STATISTICS}
+    table = pl.DataFrame({"video_id": range(109, 113), "counts": [66, 1, 2, 3], **columns})
+    return table.with_columns(play_cnt=pl.when(pl.col("video_id") != 110).then("play_cnt"))
+
+
+def write_pure_tabs(raw: Path, standard: pl.DataFrame, random: pl.DataFrame) -> Path:
+    """Writes the official layout with the random log and the statistics of the videos."""
+    write_pure(raw, standard)
+    _, _, log_name, _, _, statistics_name = PURE_TABS_FILES
+    random.write_csv(raw / log_name)
+    kuairand_statistics().write_csv(raw / statistics_name)
+    return raw
+
+
+MOVIES = {
+    3: "Jumanji (1995)::Adventure|Children's|Fantasy",
+    20: "Misérables, Les (1995)::Drama|Musical",  # one byte per letter in latin-1
+    100: "Star Wars: Episode IV (1977)::Sci-Fi",
+    2000: "Nobody rated this (2000)::Horror",
+}
+MOVIELENS_USERS = {
+    1: "F::1::10::48067",
+    2: "M::56::16::70072-1234",
+    4: "M::25::7::02460",
+    5: "F::18::4::55117",
+    30: "M::35::20::90210",
+    31: "F::45::0::00001",
+    32: "M::50::9::98107",
+}
+
+
+def movielens_ratings(seed: int = 0) -> list[str]:
+    """Makes one line for each user and rated movie, in random order."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.permutation([(user, movie) for user in MOVIELENS_USERS for movie in MOVIES if movie != 2000])
+    return [f"{user}::{movie}::{(user + movie) % 5 + 1}::{978300760 + user}" for user, movie in pairs]
+
+
+def write_movielens(raw: Path, ratings: list[str], layout: str = ".") -> Path:
+    """Writes the published layout to a folder of `raw`, or packed if `layout` is "ml-1m.zip"."""
+    files = {
+        "ratings.dat": ratings,
+        "users.dat": [f"{user}::{rest}" for user, rest in MOVIELENS_USERS.items()],
+        "movies.dat": [f"{movie}::{rest}" for movie, rest in MOVIES.items()],
+    }
+    content = {name: "".join(f"{line}\n" for line in lines).encode("latin-1") for name, lines in files.items()}
+    raw.mkdir(parents=True, exist_ok=True)
+    if layout.endswith(".zip"):
+        with ZipFile(raw / layout, "w", ZIP_DEFLATED) as packed:
+            for name, text in content.items():
+                packed.writestr(f"ml-1m/{name}", text)
+    else:
+        (raw / layout).mkdir(exist_ok=True)
+        for name, text in content.items():
+            (raw / layout / name).write_bytes(text)
     return raw
 
 

@@ -6,15 +6,32 @@ from pathlib import Path
 import polars as pl
 import pytest
 import yaml
+from flowctr.data.encode import Processor
 from flowctr.datasets import DATASETS, bars_x1, prepare
 from fuxictr.preprocess.feature_processor import FeatureProcessor
-from raw_files import PURE_DAYS, WINDOW_DAYS, kuairand_log, write_amazon, write_pure, write_window
+from raw_files import (
+    PURE_DAYS,
+    WINDOW_DAYS,
+    kuairand_log,
+    movielens_ratings,
+    write_amazon,
+    write_movielens,
+    write_pure,
+    write_pure_tabs,
+    write_window,
+)
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "data_configs").glob("*.yaml"))
-TINY = ROOT / "data" / "kuairand_tiny"
+SHIPPED = ("kuairand_tiny", "kuairand_tiny_tabs")  # come prepared, in data/
 REQUIRED = {"data_root", "data_format", "train_data", "valid_data", "test_data", "min_categr_count", "group_id"}
-REQUIRED |= {"feature_cols", "label_col", "behaviors"}
+REQUIRED |= {"feature_cols", "label_col"}
+SCENARIOS = {
+    "kuairand_pure_window_tabs": ("tab", {"0", "1", "4"}),
+    "kuairand_pure_tabs": ("tab", {"0", "1", "4"}),
+    "kuairand_tiny_tabs": ("tab", {"0", "1", "4"}),
+    "movielens_1m": ("scenario", {"0", "1", "2"}),
+}
 X1_COLUMNS = {
     "amazonelectronics_x1": "label,user_id,item_id,cate_id,item_history,cate_history",
     "taobaoad_x1": "clk,btag_his,cate_his,brand_his,userid,cms_segid,cms_group_id,final_gender_code,age_level,"
@@ -57,13 +74,17 @@ def prepared(tmp_path, monkeypatch):
 
     def make(dataset_id: str) -> Path:
         raw, out = tmp_path / "raw", tmp_path / "data" / "prepared" / dataset_id
-        if dataset_id == "kuairand_tiny":  # comes prepared
-            shutil.copytree(TINY, tmp_path / "data" / "kuairand_tiny")
+        if dataset_id in SHIPPED:
+            shutil.copytree(ROOT / "data" / dataset_id, tmp_path / "data" / dataset_id)
             return tmp_path
         if dataset_id.startswith("kuairand_pure_window"):
             write_window(raw, kuairand_log(0, WINDOW_DAYS))
         elif dataset_id == "kuairand_pure":
             write_pure(raw, kuairand_log(0, PURE_DAYS))
+        elif dataset_id == "kuairand_pure_tabs":
+            write_pure_tabs(raw, kuairand_log(0, PURE_DAYS), kuairand_log(1, PURE_DAYS))
+        elif dataset_id == "movielens_1m":
+            write_movielens(raw, movielens_ratings())
         elif dataset_id.startswith("amazon_sports"):
             write_amazon(raw)
         else:
@@ -86,20 +107,22 @@ def test_every_known_data_set_has_a_config_and_the_other_way_round():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_config_is_whole_and_says_where_it_comes_from(path):
     config, text = load(path), path.read_text()
-    assert set(config) == REQUIRED
+    assert set(config) - {"behaviors", "scenario"} == REQUIRED
+    assert ("scenario" in config) == (path.stem in SCENARIOS)
     header = text[: text.index(f"\n{path.stem}:")]
     for word in ("# Source: ", "# Protocol: ", "# Rows: ", f": flowctr prepare {path.stem} --raw "):
         assert word in header
     assert config["data_root"] == "data/built"
     for split in ("train_data", "valid_data", "test_data"):
-        folder = "data/kuairand_tiny/" if path.stem == "kuairand_tiny" else f"data/prepared/{path.stem}/"
+        folder = f"data/{path.stem}/" if path.stem in SHIPPED else f"data/prepared/{path.stem}/"
         assert config[split].startswith(folder)
     assert (config["valid_data"] == config["test_data"]) == path.stem.endswith(("_x1", "_din"))
 
 
-def test_the_tiny_tables_are_those_that_prepare_makes(tmp_path):
-    for path in prepare("kuairand_tiny", TINY.parent / "kuairand_pure_window", tmp_path):
-        shipped = pl.read_parquet(TINY / path.name)
+@pytest.mark.parametrize("dataset_id", SHIPPED)
+def test_the_tiny_tables_are_those_that_prepare_makes(tmp_path, dataset_id):
+    for path in prepare(dataset_id, ROOT / "data" / "kuairand_pure_window", tmp_path):
+        shipped = pl.read_parquet(ROOT / "data" / dataset_id / path.name)
         assert shipped.equals(pl.read_parquet(path)) and not shipped.is_empty()
 
 
@@ -113,8 +136,9 @@ def test_features_fit_together(path):
         if "share_embedding" in col:  # FuxiCTR merges into a vocabulary that exists already
             assert order.index(col["share_embedding"]) < order.index(name)
             assert features[col["share_embedding"]]["type"] == "categorical"
-    assert {column for group in config["behaviors"].values() for column in group} == sequences
-    for group in config["behaviors"].values():
+    behaviors = config.get("behaviors", {})
+    assert {column for group in behaviors.values() for column in group} == sequences
+    for group in behaviors.values():
         assert len({(features[column]["max_len"], features[column]["padding"]) for column in group}) == 1
     for name in sequences:  # one token per event: nothing pools over the steps
         assert features[name].get("feature_encoder", "pooling") in (None, "nn.Linear(64, 64, bias=False)")
@@ -139,7 +163,7 @@ def test_fuxictr_encodes_the_prepared_tables_by_it(path, prepared, monkeypatch):
     assert all(set(table[label].unique()) <= {0, 1} for table in tables.values() for label in labels)
     encoded = processor.transform({name: tables["test"][name].to_list() for name in tables["test"].columns})
     features = columns(config)
-    for group in config["behaviors"].values():
+    for group in config.get("behaviors", {}).values():
         steps = [encoded[column] != 0 for column in group]
         assert steps[0].any() and all((step == steps[0]).all() for step in steps)  # aligned, real event by real event
         assert all(step.shape == (tables["test"].height, features[group[0]]["max_len"]) for step in steps)
@@ -147,3 +171,32 @@ def test_fuxictr_encodes_the_prepared_tables_by_it(path, prepared, monkeypatch):
     raw = pl.scan_parquet if config["data_format"] == "parquet" else pl.scan_csv
     expected = raw(config["test_data"]).select(pl.col(source).cast(pl.Int64)).collect().to_series()
     assert encoded[config["group_id"]].tolist() == expected.to_list()
+
+
+@pytest.mark.parametrize("dataset_id", SCENARIOS)
+def test_every_scenario_gets_an_id_however_rare_it_is(dataset_id, prepared, monkeypatch):
+    """Encodes with the config's own settings: of its columns only the scenario and buckets keep what occurs once."""
+    config = load(ROOT / "data_configs" / f"{dataset_id}.yaml")
+    monkeypatch.chdir(prepared(dataset_id))
+    column, scenarios = SCENARIOS[dataset_id]
+    train = pl.read_parquet(config["train_data"])
+    rare = max(scenarios)
+    once = pl.concat([train.filter(pl.col(column) != rare), train.filter(pl.col(column) == rare).head(1)])
+    first = pl.int_range(pl.len()) == 0
+    once = once.with_columns(pl.when(first).then(999).otherwise(pl.col(pl.Int32)).name.keep())  # buckets
+    once.write_parquet(config["train_data"])
+    processor = Processor(
+        dataset_id=dataset_id, **{key: config[key] for key in ("feature_cols", "label_col", "data_root")}
+    )
+    frame = processor.preprocess(processor.read_data(config["train_data"], "parquet"))
+    processor.fit(frame, frame.select("group_id"), config["min_categr_count"])
+    assert config["scenario"] == column
+    for name, col in columns(config).items():
+        if col["type"] == "categorical" and col["active"]:
+            counts = dict(once[name].value_counts().iter_rows())
+            least = 1 if name == column or col["dtype"] == "int" else config["min_categr_count"]
+            vocabulary = set(processor.processor_dict[f"{name}::tokenizer"].vocab) - {"__PAD__", "__OOV__"}
+            kept = {value for value, count in counts.items() if count >= least}
+            # what a history holds is in the vocabulary of its column too
+            assert vocabulary >= kept if "behaviors" in config else vocabulary == kept, name
+    assert set(processor.processor_dict[f"{column}::tokenizer"].vocab) - {"__PAD__", "__OOV__"} == scenarios

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flowctr.datasets import bars_x1, din_protocol, kuairand
+from flowctr.datasets import bars_x1, din_protocol, kuairand, kuairand_tabs, movielens
 from flowctr.datasets.base import Dataset
 from flowctr.names import did_you_mean
 
 DATASETS: dict[str, Dataset] = {
-    dataset.id: dataset for dataset in (*kuairand.DATASETS, *din_protocol.DATASETS, *bars_x1.DATASETS)
+    dataset.id: dataset
+    for module in (kuairand, kuairand_tabs, movielens, din_protocol, bars_x1)
+    for dataset in module.DATASETS
 }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 from flowctr.data.files import NO_SPACE, locked
 
+SPLITS = ("train", "valid", "test")
 UNKNOWN = "unknown"  # the token of what is missing: an empty one would be read as padding
 
 
@@ -97,6 +98,27 @@ def _error_number(error: Exception) -> int | None:
     """Returns the errno of a failed write; polars has it in its message only."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     return int(number[1]) if number else getattr(error, "errno", None)
+
+
+def random_split(table: pl.DataFrame, seed: int) -> list[pl.DataFrame]:
+    """Draws 80 % of the rows for train, half of the others for valid and leaves the rest to test.
+
+    Args:
+        table: Rows in an order that does not depend on the raw files' order.
+        seed: Of numpy's generator.
+
+    Returns:
+        The rows of each of `SPLITS`, in the table's order.
+
+    Raises:
+        ValueError: If there are too few rows for three splits.
+    """
+    train = round(0.8 * len(table))
+    valid = round(0.5 * (len(table) - train))
+    if not 0 < valid < len(table) - train:
+        raise ValueError(f"a random 80/10/10 split needs more rows than {len(table)}; get the whole raw files")
+    order = np.random.default_rng(seed).permutation(len(table))
+    return [table[np.sort(rows)] for rows in np.split(order, [train, train + valid])]
 
 
 def joined(tokens: pl.Series, start: np.ndarray, end: np.ndarray) -> pl.Series:

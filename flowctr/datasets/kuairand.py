@@ -17,14 +17,14 @@ Source: KuaiRand, Gao et al., CIKM 2022, https://kuairand.com, CC BY-SA 4.0; the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from flowctr.data.files import check_csv_end
-from flowctr.datasets.base import UNKNOWN, Dataset, find_raw, joined, written_together
+from flowctr.datasets.base import SPLITS, UNKNOWN, Dataset, find_raw, joined, written_together
 
 LICENCE = "CC BY-SA 4.0: share with attribution and under the same licence"
 PURE_DOWNLOAD = "https://zenodo.org/records/10439422/files/KuaiRand-Pure.tar.gz (see https://kuairand.com)"
@@ -42,8 +42,8 @@ WINDOW_FILES = (
     "video_features_basic_pure.csv",
 )
 
+TABS = (0, 1, 4)  # the three scenarios with most exposures
 MAX_EVENTS = 50
-SPLITS = ("train", "valid", "test")
 LABELS = ("is_click", "is_like", "long_view")
 # behaviour -> (its flag in the log, None for every exposure; its column in the history file)
 BEHAVIORS = {
@@ -86,7 +86,7 @@ _CHUNK_ROWS = 100_000  # bounds the memory of the event times that the gaps of o
 
 
 def prepare_window(raw: Path, out: Path, tabs: tuple[int, ...] | None = None, every_nth_user: int = 1) -> list[Path]:
-    """Writes the tables of protocol kuairand_pure_window, or of a part of it: kuairand_pure_window_tabs, kuairand_tiny.
+    """Writes the tables of protocol kuairand_pure_window, or of the part with some tabs and users.
 
     Train is 25 April to 4 May 2022, valid 5 and 6 May, test 7 and 8 May. Events until 24 April come from the history
     file, later ones from the whole log, whatever their tab.
@@ -100,9 +100,9 @@ def prepare_window(raw: Path, out: Path, tabs: tuple[int, ...] | None = None, ev
     Returns:
         The three paths.
     """
-    log_path, history_path, user_path, video_path = _find(raw, WINDOW_FILES, WINDOW_DOWNLOAD)
-    log = _read_log([log_path])
-    history = _read(history_path, _HISTORY_SCHEMA, key="user_id")
+    log_path, history_path, user_path, video_path = find_files(raw, WINDOW_FILES, WINDOW_DOWNLOAD)
+    log = read_log([log_path]).unique(maintain_order=True)
+    history = read_table(history_path, _HISTORY_SCHEMA, key="user_id")
     exposures = log.filter(pl.col("user_id") % every_nth_user == 0)
     exposures = exposures if tabs is None else exposures.filter(pl.col("tab").is_in(tabs))
     users, videos = _read_users(user_path), _read_videos(video_path)
@@ -121,8 +121,8 @@ def prepare_pure(raw: Path, out: Path) -> list[Path]:
     Returns:
         The three paths.
     """
-    *log_paths, user_path, video_path = _find(raw, PURE_FILES, PURE_DOWNLOAD)
-    log = _read_log(log_paths)
+    *log_paths, user_path, video_path = find_files(raw, PURE_FILES, PURE_DOWNLOAD)
+    log = read_log(log_paths).unique(maintain_order=True)
     users, videos = _read_users(user_path), _read_videos(video_path)
     events = _events(log, pl.DataFrame(schema=_HISTORY_SCHEMA), videos)
     return _write_tables(out, log, split_days(log["date"]), users, videos, events)
@@ -267,11 +267,12 @@ def log2_bucket(milliseconds: np.ndarray) -> np.ndarray:
     return np.frexp(1 + milliseconds // 1000)[1] - 1
 
 
-def _find(raw: Path, names: tuple[str, ...], download: str) -> list[Path]:
+def find_files(raw: Path, names: tuple[str, ...], download: str) -> list[Path]:
+    """Returns the paths of raw files, each of them csv or parquet."""
     return [find_raw(raw, name, download, also=".parquet") for name in names]
 
 
-def _read(path: Path, schema: Mapping[str, pl.DataType | None], key: str | None = None) -> pl.DataFrame:
+def read_table(path: Path, schema: Mapping[str, pl.DataType | None], key: str | None = None) -> pl.DataFrame:
     """Returns columns of a csv or parquet file.
 
     Args:
@@ -300,26 +301,34 @@ def _read(path: Path, schema: Mapping[str, pl.DataType | None], key: str | None 
     return frame
 
 
-def _read_log(paths: list[Path]) -> pl.DataFrame:
-    """Returns the log without full duplicates, by time and then by all columns: no trace of the files' row order."""
+def read_log(paths: list[Path], columns: Sequence[str] = _LOG_COLUMNS) -> pl.DataFrame:
+    """Returns columns of some logs, by time and then by all columns: no trace of the files' row order.
+
+    Args:
+        paths: The logs.
+        columns: What to read, "time_ms" among it.
+
+    Raises:
+        ValueError: If a log cannot be read, lacks a column or has no value where there must be one.
+    """
     logs = []
     for path in paths:
-        log = _read(path, dict.fromkeys(_LOG_COLUMNS, pl.Int64))
-        for column in _NEVER_MISSING:
-            if log[column].has_nulls():
+        log = read_table(path, dict.fromkeys(columns, pl.Int64))
+        for column in columns:
+            if column in _NEVER_MISSING and log[column].has_nulls():
                 row = log[column].is_null().arg_max() + 1
                 raise ValueError(f"{path}: column {column!r} is empty in row {row}; correct the file or get it again")
         logs.append(log)
-    return pl.concat(logs).unique().sort("time_ms", *_LOG_COLUMNS)
+    return pl.concat(logs).sort("time_ms", *columns)
 
 
 def _read_users(path: Path) -> pl.DataFrame:
     """Returns the users' categories as tokens and their counts as log_<count> = log(1 + count)."""
     counts = dict.fromkeys(USER_COUNTS, pl.Float64)
-    users = _read(path, {"user_id": pl.Int64, **dict.fromkeys(USER_CATEGORIES), **counts}, key="user_id")
+    users = read_table(path, {"user_id": pl.Int64, **dict.fromkeys(USER_CATEGORIES), **counts}, key="user_id")
     return users.select(
         "user_id",
-        *(_token(users[column]) for column in USER_CATEGORIES),
+        *(token(users[column]) for column in USER_CATEGORIES),
         *(_log1p(users[count]) for count in USER_COUNTS),
     )
 
@@ -327,22 +336,22 @@ def _read_users(path: Path) -> pl.DataFrame:
 def _read_videos(path: Path) -> pl.DataFrame:
     """Returns the videos' categories as tokens and their duration as a bucket's token and as log(1 + milliseconds)."""
     categories = dict.fromkeys(VIDEO_CATEGORIES)
-    videos = _read(path, {"video_id": pl.Int64, **categories, "video_duration": pl.Float64}, key="video_id")
+    videos = read_table(path, {"video_id": pl.Int64, **categories, "video_duration": pl.Float64}, key="video_id")
     duration = videos["video_duration"].fill_nan(None)
     bucket = pl.Series(log2_bucket(duration.fill_null(0).cast(pl.Int64).to_numpy())).cast(pl.String)
     return videos.select(
         "video_id",
-        *(_token(videos[column]) for column in VIDEO_CATEGORIES),
+        *(token(videos[column]) for column in VIDEO_CATEGORIES),
         pl.when(duration.is_null()).then(pl.lit(UNKNOWN)).otherwise(bucket).alias("video_duration"),
         _log1p(duration),
     )
 
 
-def _token(column: pl.Series) -> pl.Series:
+def token(column: pl.Series, missing: str = UNKNOWN) -> pl.Series:
     """Returns categories as strings: numbers as integers (the csv files have 9.0 where values are missing)."""
     if column.dtype.is_numeric():
         column = column.cast(pl.Float64).fill_nan(None).cast(pl.Int64)
-    return column.cast(pl.String).replace("", None).fill_null(UNKNOWN)
+    return column.cast(pl.String).replace("", None).fill_null(missing)
 
 
 def _log1p(column: pl.Series) -> pl.Series:
@@ -365,15 +374,25 @@ DATASETS = [
         download=WINDOW_DOWNLOAD,
         licence=LICENCE,
         files=WINDOW_FILES,
-        function=partial(prepare_window, tabs=(0, 1, 4)),
+        function=partial(prepare_window, tabs=TABS),
     ),
     Dataset(
         id="kuairand_tiny",
-        description="the same, every 32nd user only: a small table to try things on, shipped as data/kuairand_tiny.",
+        description="kuairand_pure_window, every 32nd user only: a small table to try things on, shipped as "
+        "data/kuairand_tiny.",
         download=WINDOW_DOWNLOAD,
         licence=LICENCE,
         files=WINDOW_FILES,
         function=partial(prepare_window, every_nth_user=32),
+    ),
+    Dataset(
+        id="kuairand_tiny_tabs",
+        description="kuairand_pure_window_tabs, every 64th user only: the small table for scenario models, shipped "
+        "as data/kuairand_tiny_tabs.",
+        download=WINDOW_DOWNLOAD,
+        licence=LICENCE,
+        files=WINDOW_FILES,
+        function=partial(prepare_window, tabs=TABS, every_nth_user=64),
     ),
     Dataset(
         id="kuairand_pure",
