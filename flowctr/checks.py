@@ -6,6 +6,7 @@ never executed.
 
 import ast
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -163,6 +164,12 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
+def _is_loss_weight(value: Any) -> bool:
+    if not isinstance(value, list):
+        return value in ("EQ", "UW")
+    return all(is_number(weight) and 0 <= weight < math.inf for weight in value) and any(value)
+
+
 def _is_behaviors(value: Any) -> bool:
     return isinstance(value, dict) and all(columns and _is_texts(columns) for columns in value.values())
 
@@ -185,6 +192,7 @@ KEY_CHECKS: dict[str, Check] = {
     "embedding_dim": _positive_integer,
     "optimizer": _named("an optimizer of torch.optim", {"adam"} | _subclasses(torch.optim, torch.optim.Optimizer)),
     "loss": _each(_named("a loss of torch.nn.functional", {"bce", "binary_crossentropy"} | _losses())),
+    "loss_weight": _require(_is_loss_weight, "EQ, UW or a list of numbers of at least 0, not all of them 0"),
     "task": _each(_one_of("binary_classification", "regression")),
     "data_format": _one_of("csv", "parquet", "h5"),
     "sep": _text,
@@ -193,6 +201,7 @@ KEY_CHECKS: dict[str, Check] = {
     "valid_data": _or_null(_text),
     "test_data": _or_null(_text),
     "group_id": _or_null(_text),
+    "scenario": _or_null(_text),
     "use_features": _or_null(_require(_is_texts, "a list of features")),
     "min_categr_count": _positive_integer,
     "data_block_size": _require(lambda value: is_integer(value) and value >= -1, "an integer of at least 0, or -1"),
@@ -230,5 +239,5 @@ COLUMN_CHECKS: dict[str, Check] = {
 }
 """By key of a column in feature_cols or feature_specs."""
 
-LABEL_CHECKS: dict[str, Check] = {**COLUMN_CHECKS, "dtype": _one_of("int", "float")}
+LABEL_CHECKS: dict[str, Check] = {**COLUMN_CHECKS, "dtype": _one_of("int", "float"), "may_be_missing": _boolean}
 """By key of a column in label_col."""

@@ -21,7 +21,7 @@ from flowctr.data import H5DataLoader
 from flowctr.metrics import evaluate_metrics
 from flowctr.names import nearest
 from flowctr.training import Engine
-from fuxictr.pytorch.models import BaseModel
+from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,10 +33,10 @@ DATASET_PATHS = ("data_root", "train_data", "valid_data", "test_data")
 DATASET_KEYS = {
     *DATASET_PATHS,
     *("dataset_id", "data_format", "sep", "feature_cols", "label_col", "min_categr_count", "data_block_size"),
-    *("h5_compression", "behaviors", "group_id", "use_features", "feature_specs"),
+    *("h5_compression", "behaviors", "group_id", "scenario", "use_features", "feature_specs"),
 }
 FEATURE_KEYS = {"name", "source", "fill_na", "share_embedding", *checks.COLUMN_CHECKS}
-LABEL_KEYS = {"name", "active", "dtype", "fill_na", "preprocess"}
+LABEL_KEYS = {"name", "active", "dtype", "fill_na", "may_be_missing", "preprocess"}
 # Keys of FuxiCTR that have no effect here, accepted so that its YAML files run unchanged.
 IGNORED_KEYS = frozenset({"pickle_feature_encoder", "debug_mode", "feature_config"})
 # Arguments that the runner passes itself.
@@ -283,6 +283,8 @@ def _check_experiment(params: Mapping[str, Any], model: type[BaseModel] | None) 
     by_part = {key: check for key in params for part, check in checks.NAME_PART_CHECKS.items() if part in key}
     present = {key: value for key, value in params.items() if key not in missing}
     mistakes += checks.complaints(present, {**implied, **by_part, **checks.KEY_CHECKS})
+    if model and "loss_weight" in params and not issubclass(model, MultiTaskModel):
+        mistakes.append(f"'loss_weight' weighs the losses of several labels; {params['model']} predicts one: remove it")
     return mistakes + _check_label_counts(params)
 
 
@@ -311,7 +313,7 @@ def _labels(params: Mapping[str, Any]) -> list[str]:
 
 def _check_label_counts(params: Mapping[str, Any]) -> list[str]:
     labels = _labels(params)
-    counts = {key: len(params[key]) for key in ("task", "loss") if isinstance(params.get(key), list)}
+    counts = {key: len(params[key]) for key in ("task", "loss", "loss_weight") if isinstance(params.get(key), list)}
     counts |= {"num_tasks": params["num_tasks"]} if "num_tasks" in params else {}
     return [
         f"{key!r} is for {count} labels; the data set has {len(labels)}: {', '.join(labels)}"
@@ -332,11 +334,15 @@ def _check_metrics(params: Mapping[str, Any], has_groups: bool) -> list[str]:
             mistakes.append(f"'metrics': {error}")
     labels = _labels(params)
     known = [*metrics, *(f"{label}_{name}" for label in labels if len(labels) > 1 for name in metrics)]
+    scenario = params.get("scenario")
+    known += [f"{name}@{scenario}" for name in known] if scenario else []
     monitor = params.get("monitor", "AUC")
     if not isinstance(monitor, (str, dict)):
         return [*mistakes, f"'monitor' must be a metric or a mapping of metrics to weights; got {monitor!r}"]
     for name, weight in ({monitor: 1} if isinstance(monitor, str) else monitor).items():
-        if metrics and name not in known:
+        # Which values a scenario has is known once the data set is built.
+        metric, given, _ = str(name).partition(f"@{scenario}=")
+        if metrics and metric + given.rstrip("=") not in known:
             mistakes.append(f"'monitor': {_unknown('metric', name, known)}; 'metrics' must have it")
         if not checks.is_number(weight):
             mistakes.append(f"'monitor' must give {name!r} a number as its weight; got {weight!r}")
@@ -372,11 +378,24 @@ def _check_dataset(params: Mapping[str, Any]) -> list[str]:
         if share is not None and str(share) not in earlier:
             mistakes.append(f"feature {name!r}: share_embedding={share!r} must be an active feature listed before it")
         earlier.add(name)
-    group, used = params.get("group_id"), params.get("use_features")
-    names_by_key = {"group_id": [group] if group else [], "use_features": used or [], "feature_specs": specs}
+    group, scenario, used = params.get("group_id"), params.get("scenario"), params.get("use_features")
+    names_by_key = {
+        "group_id": [group] if group else [],
+        "scenario": [scenario] if scenario else [],
+        "use_features": used or [],
+        "feature_specs": specs,
+    }
     for key, names in names_by_key.items():
         if _is_valid(params, key):
             mistakes += [f"{key!r}: {_unknown('feature', name, active)}" for name in names if name not in active]
+    kind = active[scenario].get("type") if isinstance(scenario, str) and scenario in active else "categorical"
+    if kind != "categorical":
+        mistakes.append(f"'scenario': {scenario!r} is {kind}; a scenario is a categorical feature")
+    mistakes += [
+        f"label_col {name!r}: fill_na and may_be_missing exclude each other; keep one"
+        for name, label in labels.items()
+        if label.get("may_be_missing") and "fill_na" in label
+    ]
     if not wrong_features and params.get("behaviors") and _is_valid(params, "behaviors"):
         mistakes += _check_behaviors(params["behaviors"], active)
     return mistakes

@@ -69,11 +69,64 @@ def evaluate_metrics(
         ValueError: An unknown metric, arrays that are empty or of different lengths, a group metric without
             `group_id`, NaN in `y_pred`, labels or probabilities out of range.
     """
-    cutoffs = {name: _ndcg_cutoff(name) for name in metrics}
-    group_metrics = [name for name in metrics if name in GROUP_METRICS or cutoffs[name]]
+    rows = _rows(y_true, y_pred, metrics, group_id, base_rate)
+    result = _values(rows, metrics, base_rate)
+    for name, value in result.items():
+        if name in _UNDEFINED and math.isnan(value):
+            warnings.warn(f"{name} is undefined and given as nan: {_UNDEFINED[name]}", stacklevel=2)
+    return result
+
+
+def evaluate_metrics_within(
+    y_true: ArrayLike,
+    y_pred: ArrayLike,
+    segment: ArrayLike,
+    metrics: Sequence[str],
+    group_id: ArrayLike | None = None,
+    base_rate: float | None = None,
+) -> dict[int, dict[str, float]]:
+    """Evaluate predictions within each segment of the rows, such as a scenario, sorting the rows once.
+
+    Args:
+        y_true, y_pred, metrics, group_id: As for `evaluate_metrics`.
+        segment: Segment of each row, integers.
+        base_rate: Share of positives that NE is normalised by in every segment. Without it, the mean of all `y_true`.
+
+    Returns:
+        Segment, in ascending order, -> what `evaluate_metrics` gives for its rows alone; nan without a warning where
+        a metric is undefined.
+
+    Raises:
+        ValueError: As `evaluate_metrics`, on all rows.
+    """
+    rows = _rows(y_true, y_pred, metrics, group_id, base_rate)
+    segment = _column("segment", segment)
+    if len(segment) != len(rows.y_true):
+        raise ValueError(f"segment has {len(segment)} rows, y_true has {len(rows.y_true)}")
+    order = np.argsort(segment, kind="stable")  # keeps the order of rows, which decides between equal scores
+    segments, starts = np.unique(segment[order], return_index=True)
+    ordered = [None if values is None else values[order] for values in (rows.y_true, rows.y_pred, rows.group)]
+    base_rate = rows.y_true.mean() if base_rate is None else base_rate
+    result = {}
+    for value, start, stop in zip(segments.tolist(), starts, [*starts[1:], len(order)]):
+        parts = [None if values is None else values[start:stop] for values in ordered]
+        result[value] = _values(_Rows(*parts, rows.epsilon), metrics, base_rate)
+    return result
+
+
+class _Rows(NamedTuple):
+    """Rows that were checked: labels and predictions in float64, group codes if there are groups."""
+
+    y_true: np.ndarray  # (N,)
+    y_pred: np.ndarray  # (N,)
+    group: np.ndarray | None  # (N,)
+    epsilon: float  # of the predictions' own dtype
+
+
+def _rows(y_true: ArrayLike, y_pred: ArrayLike, metrics: Sequence[str], group_id, base_rate: float | None) -> _Rows:
+    group_metrics = [name for name in metrics if name in GROUP_METRICS or _ndcg_cutoff(name)]
     if group_metrics and group_id is None:
         raise ValueError(f"{group_metrics[0]} needs group_id, the group of each row; got None")
-
     y_true = _column("y_true", y_true).astype(np.float64)
     y_pred = _column("y_pred", y_pred)
     epsilon = np.finfo(y_pred.dtype if y_pred.dtype in (np.float16, np.float32) else np.float64).eps
@@ -82,17 +135,22 @@ def evaluate_metrics(
     if group_id is not None:
         arrays["group_id"] = _column("group_id", group_id)
     _check(arrays, metrics, base_rate)
+    # missing ids (-1) are one group, as in FuxiCTR
+    group = pd.factorize(arrays["group_id"])[0] if group_metrics else None
+    return _Rows(y_true, y_pred, group, epsilon)
 
-    if group_metrics:
-        group, _ = pd.factorize(arrays["group_id"])  # missing ids (-1) are one group, as in FuxiCTR
-        ranked = _rank(y_true, y_pred, group)
+
+def _values(rows: _Rows, metrics: Sequence[str], base_rate: float | None) -> dict[str, float]:
+    y_true, y_pred = rows.y_true, rows.y_pred
+    cutoffs = {name: _ndcg_cutoff(name) for name in metrics}
+    if rows.group is not None:
+        ranked = _rank(y_true, y_pred, rows.group)
     if any(cutoffs.values()):
-        ideal = _rank(y_true, y_true, group)
-
+        ideal = _rank(y_true, y_true, rows.group)
     result = {}
     for name in metrics:
         if name in LOG_METRICS:
-            value = _logloss(y_true, y_pred, epsilon)
+            value = _logloss(y_true, y_pred, rows.epsilon)
             if name == "NE":
                 entropy = _entropy(y_true.mean() if base_rate is None else base_rate)
                 value = value / entropy if entropy > 0 else math.nan
@@ -107,8 +165,6 @@ def evaluate_metrics(
         else:
             k = cutoffs[name]
             value = _ratio(_dcg(ranked, k), _dcg(ideal, k), default=0.0).mean()
-        if name in _UNDEFINED and math.isnan(value):
-            warnings.warn(f"{name} is undefined and given as nan: {_UNDEFINED[name]}", stacklevel=2)
         result[name] = float(value)
     return result
 

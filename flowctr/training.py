@@ -12,15 +12,19 @@ import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
-from flowctr.metrics import evaluate_metrics
+from flowctr.data import scenario_names
+from flowctr.data.format import UNSEEN
+from flowctr.metrics import evaluate_metrics, evaluate_metrics_within
+from flowctr.names import nearest
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 CURVE_POINTS_PER_EVALUATION = 10
@@ -30,6 +34,8 @@ OTHER_MONITOR = "monitor a metric that these validation data define, such as log
 NAN_PREDICTION = ("all elements of input should be between 0 and 1", "device-side assert triggered")
 
 Batches = Iterable[Mapping[str, Tensor]]
+Loss = Callable[..., Tensor]
+"""A function of torch.nn.functional: (y_pred, y_true, reduction=...) -> loss."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -40,6 +46,10 @@ class TrainingError(RuntimeError):
 def accelerate(model_class: type[Model]) -> type[Model]:
     """Derives the class that trains with this engine.
 
+    A model may define ``start_epoch(epoch, epochs)``: it is called before each epoch, which counts from 0, with the
+    number of epochs, for schedules such as a falling temperature. What a schedule changes has to be a buffer that is
+    filled in place: a captured step (see `GraphedStep`) reads the same memory for ever.
+
     Args:
         model_class: A subclass of FuxiCTR's ``BaseModel`` or ``MultiTaskModel``.
 
@@ -47,10 +57,51 @@ def accelerate(model_class: type[Model]) -> type[Model]:
         A subclass of it with the same name and arguments and the methods of `Engine`.
     """
     namespace = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
-    if model_class.regularization_loss is MultiTaskModel.regularization_loss:
-        # The one of MultiTaskModel sees only parameters called weight or bias: bare nn.Parameters go unregularised.
-        namespace["regularization_loss"] = BaseModel.regularization_loss
     return type(model_class.__name__, (Engine, model_class), namespace)
+
+
+@dataclass
+class WeightedLoss:
+    """``weight * loss``."""
+
+    loss: Loss
+    weight: float
+
+    def __call__(self, y_pred: Tensor, y_true: Tensor, reduction: str = "mean") -> Tensor:
+        """Returns the weighted loss, reduced as ``loss`` does."""
+        return self.weight * self.loss(y_pred, y_true, reduction=reduction)
+
+
+@dataclass
+class UncertaintyLoss:
+    """``exp(-s) * loss + s / 2`` with a learned ``s = log(sigma^2)``, the uncertainty of one task.
+
+    The form for classification, the second term of equation 10 of Kendall, Gal and Cipolla, "Multi-task learning using
+    uncertainty to weigh losses", CVPR 2018, https://arxiv.org/abs/1705.07115; taken for regression too, whose own form
+    has ``loss / 2``.
+    """
+
+    loss: Loss
+    log_variances: nn.Parameter  # (K,)
+    task: int
+
+    def __call__(self, y_pred: Tensor, y_true: Tensor, reduction: str = "mean") -> Tensor:
+        """Returns the weighted loss, reduced as ``loss`` does."""
+        s = self.log_variances[self.task]
+        return torch.exp(-s) * self.loss(y_pred, y_true, reduction=reduction) + s / 2
+
+
+@dataclass
+class KnownLoss:
+    """The mean loss of the rows whose label is known, that is not NaN; 0 if there are none."""
+
+    loss: Loss
+
+    def __call__(self, y_pred: Tensor, y_true: Tensor, reduction: str = "mean") -> Tensor:
+        """Returns the mean, the only reduction there is, without waiting for the device."""
+        known = ~y_true.isnan()
+        losses = self.loss(y_pred, torch.where(known, y_true, 0.0), reduction="none")
+        return torch.where(known, losses, 0.0).sum() / known.sum().clamp(min=1)
 
 
 class GraphedStep:
@@ -114,6 +165,10 @@ class Engine:
     Args:
         *args: The model's arguments.
         cuda_graphs: Whether to replay a captured training step on a GPU (see `GraphedStep`); without effect on the CPU.
+        loss_weight: How the losses of several labels add up: ``EQ`` sums them, a list has one weight for each label,
+            ``UW`` learns the weights (see `UncertaintyLoss`).
+        scenario: Categorical column within whose values the metrics are evaluated too; None: overall only. The model
+            is given it as well.
         **kwargs: The model's arguments.
 
     Attributes:
@@ -123,15 +178,74 @@ class Engine:
         restored: The entry of ``history["valid"]`` that belongs to the weights `fit` left in the model; None without
             validation data.
         base_rates: Label -> mean in the training data, by which NE is normalised; None before `fit`.
+
+    Raises:
+        ValueError: If ``loss_weight`` does not fit the labels, or ``scenario`` is no categorical column.
     """
 
-    def __init__(self, *args, cuda_graphs: bool = False, **kwargs):
+    def __init__(
+        self,
+        *args,
+        cuda_graphs: bool = False,
+        loss_weight: str | Sequence[float] = "EQ",
+        scenario: str | None = None,
+        **kwargs,
+    ):
+        self._loss_weighting = loss_weight  # before the model's constructor, which calls compile
+        if scenario is not None:
+            kwargs["scenario"] = scenario
         super().__init__(*args, **kwargs)
         self.cuda_graphs = cuda_graphs
+        self._scenario = scenario
+        self._scenario_names = scenario_names(self.feature_map, scenario) if scenario else {}
+        self._told_unseen: set[int] = set()
         self.history: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
         self.restored: dict[str, float] | None = None
         self.base_rates: Mapping[str, float] | None = None
         self._rows, self._seconds = Counter(), Counter()
+
+    def compile(self, optimizer: str, loss: str | list[str], lr: float) -> None:
+        """Compiles the model and weighs its losses.
+
+        Args:
+            optimizer: FuxiCTR's optimiser name; learned weights are trained by the same optimiser.
+            loss: FuxiCTR's loss name, one for all labels or a list with one for each.
+            lr: Learning rate.
+        """
+        super().compile(optimizer, loss, lr)
+        weights, labels = self._loss_weighting, self.feature_map.labels
+        if weights == "EQ":
+            return
+        if not isinstance(self, MultiTaskModel):
+            raise ValueError(f"loss_weight={weights!r} weighs several labels; {type(self).__name__} predicts one")
+        if weights == "UW":
+            if not hasattr(self, "loss_log_variances"):
+                self.loss_log_variances = nn.Parameter(torch.zeros(len(labels), device=self.device))
+            trained = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+            if id(self.loss_log_variances) not in trained:
+                self.optimizer.add_param_group({"params": [self.loss_log_variances], "lr": lr, "weight_decay": 0.0})
+            self.loss_fn = [UncertaintyLoss(fn, self.loss_log_variances, k) for k, fn in enumerate(self.loss_fn)]
+        elif isinstance(weights, Sequence) and not isinstance(weights, str) and len(weights) == len(labels):
+            self.loss_fn = [WeightedLoss(fn, weight) for fn, weight in zip(self.loss_fn, weights)]
+        else:
+            raise ValueError(
+                f"loss_weight={weights!r} must be EQ, UW or one weight for each of the {len(labels)} labels "
+                f"{', '.join(labels)}"
+            )
+
+    def regularization_loss(self) -> Tensor:
+        """Computes FuxiCTR's regularisation of every parameter but learned loss weights."""
+        regularization_loss = super().regularization_loss
+        if regularization_loss.__func__ is MultiTaskModel.regularization_loss:
+            # It sees only parameters called weight or bias: bare nn.Parameters would go unregularised.
+            regularization_loss = super(MultiTaskModel, self).regularization_loss
+        if self._loss_weighting != "UW":
+            return regularization_loss()
+        self.loss_log_variances.requires_grad_(False)  # FuxiCTR passes over what takes no gradient
+        try:
+            return regularization_loss()
+        finally:
+            self.loss_log_variances.requires_grad_(True)
 
     def fit(
         self,
@@ -146,14 +260,16 @@ class Engine:
         Without validation data the last weights are kept.
 
         Args:
-            data_generator: Training batches, with a length; NE is normalised by its ``base_rates`` if it has them.
+            data_generator: Training batches, with a length; NE is normalised by its ``base_rates`` if it has them, and
+                the loss of labels in its ``may_be_missing`` leaves out the rows that are NaN.
             epochs: Epochs to train at most.
             validation_data: Validation batches.
             max_gradient_norm: Gradients are clipped to this norm.
             **kwargs: Other parameters of a configuration, which have no effect here.
 
         Raises:
-            ValueError: If the monitored metric needs both classes of a label, of which the validation data have one.
+            ValueError: If the monitored metric needs both classes of a label, of which the validation data have one,
+                or is of a scenario that training has not seen.
             TrainingError: If a loss, a prediction or the monitored metric is not a number.
         """
         steps_per_epoch = len(data_generator)
@@ -161,7 +277,8 @@ class Engine:
         self.restored = None
         self.base_rates = getattr(data_generator, "base_rates", None)
         self.valid_gen = validation_data
-        self._check_validation_classes()
+        self._check_monitor()
+        self._leave_out_missing(getattr(data_generator, "may_be_missing", ()))
         self._evaluate_every = self._eval_steps or steps_per_epoch
         self._record_every = max(1, min(self._evaluate_every, steps_per_epoch) // CURVE_POINTS_PER_EVALUATION)
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -178,6 +295,8 @@ class Engine:
         logging.info("Start training: %d batches/epoch", steps_per_epoch)
         for self._epoch_index in range(epochs):
             logging.info("************ Epoch=%d start ************", self._epoch_index + 1)
+            if hasattr(self, "start_epoch"):
+                self.start_epoch(self._epoch_index, epochs)
             try:
                 self.train_epoch(data_generator)
             except RuntimeError as error:
@@ -195,15 +314,34 @@ class Engine:
         logging.info("Load the best weights, epoch %(epoch)d, step %(step)d", self.restored)
         self.load_weights(self.checkpoint)
 
-    def _check_validation_classes(self) -> None:
+    def _leave_out_missing(self, labels: Sequence[str]) -> None:
+        """Puts `KnownLoss` around the loss of each label that may be missing, once."""
+        if not labels:
+            return
+        many = isinstance(self, MultiTaskModel)
+        functions = [
+            KnownLoss(fn) if label in labels and not isinstance(fn, KnownLoss) else fn
+            for label, fn in zip(self.feature_map.labels, self.loss_fn if many else [self.loss_fn])
+        ]
+        self.loss_fn = functions if many else functions[0]
+
+    def _check_monitor(self) -> None:
+        """Raises for what will leave the monitored metric undefined, as far as it is known before training."""
         rates = getattr(self.valid_gen, "base_rates", {})
         one_class = [label for label in self._outputs() if rates.get(label) in (0, 1)]
+        seen = [name for name in self._scenario_names.values() if name != UNSEEN]
         for name in self._monitor.get_metrics():  # a name without a label is the mean over all of them
-            undefined = [label for label in one_class if name.removeprefix(f"{label}_") in TWO_CLASS_METRICS]
+            metric, _, value = name.partition(f"@{self._scenario}")
+            undefined = [label for label in one_class if metric.removeprefix(f"{label}_") in TWO_CLASS_METRICS]
             if undefined:
                 raise ValueError(
                     f"the monitored {name} needs both classes, but the validation labels of {', '.join(undefined)} are "
                     f"all of one class; {OTHER_MONITOR}"
+                )
+            if value and (value := value.removeprefix("=")) not in seen:
+                raise ValueError(
+                    f"the monitored {name} is of a {self._scenario} that training has not seen; the nearest is "
+                    f"{nearest(value, seen)!r}"
                 )
 
     def train_epoch(self, data_generator: Batches) -> None:
@@ -235,18 +373,34 @@ class Engine:
         logs, y_true = self._evaluate(self.valid_gen, self.validation_metrics)
         record = {"step": self._total_steps, "epoch": self._epoch_index + 1, **logs}
         self.history["valid"].append(record)
-        if not math.isfinite(self._monitor.get_value(logs)):
-            one_class = [label for label, values in y_true.items() if values.min() == values.max()]
-            reason = f"the validation labels of {', '.join(one_class)} are all of one class; " if one_class else ""
-            raise TrainingError(
-                f"the monitored {' + '.join(self._monitor.get_metrics())} is nan at step {self._total_steps}: "
-                f"{reason}{OTHER_MONITOR}"
-            )
+        if self._loss_weighting == "UW":
+            weights = torch.exp(-self.loss_log_variances.detach()).tolist()
+            listed = ", ".join(f"{label} {weight:.4f}" for label, weight in zip(self.feature_map.labels, weights))
+            logging.info("Loss weights: %s", listed)
+        self._check_monitored(logs, y_true)
         best = self._best_metric
         self.checkpoint_and_earlystop(logs)
         if self._best_metric != best or not self._save_best_only:
             self.restored = record
         self.train()
+
+    def _check_monitored(self, logs: Mapping[str, float], y_true: Mapping[str, np.ndarray]) -> None:
+        """Raises unless all monitored metrics are numbers; FuxiCTR would take one that is not there for 0."""
+        names = self._monitor.get_metrics()
+        undefined = [name for name in names if not math.isfinite(logs.get(name, math.nan))]
+        if not undefined:
+            return
+        one_class = [label for label, values in y_true.items() if values.min() == values.max()]
+        reason = ""
+        if missing := [name for name in undefined if name not in logs]:
+            reason = f"these validation data have no {missing[0]}, the nearest is {nearest(missing[0], logs)}; "
+        elif one_class:
+            reason = f"the validation labels of {', '.join(one_class)} are all of one class; "
+        elif within := [name for name in undefined if f"@{self._scenario}" in name]:
+            reason = f"no scenario of {', '.join(within)} has both classes among its validation labels; "
+        raise TrainingError(
+            f"the monitored {' + '.join(names)} is nan at step {self._total_steps}: {reason}{OTHER_MONITOR}"
+        )
 
     def evaluate(self, data_generator: Batches, metrics: Sequence[str] | None = None) -> dict[str, float]:
         """Scores the predictions for some data.
@@ -257,7 +411,10 @@ class Engine:
 
         Returns:
             Metric -> value, named as FuxiCTR does: with several labels ``<label>_<metric>`` for each, and their mean
-            as ``<metric>``.
+            as ``<metric>``. With a scenario, each label also has ``<metric>@<scenario>=<value>`` within each of its
+            values, nan where it is undefined, and their mean as ``<metric>@<scenario>``, which leaves out what is
+            undefined and the values unseen in training, ``<scenario>=unseen``. NE keeps the base rate of all rows.
+            Rows without a label are left out of its metrics if the data's ``may_be_missing`` has it.
 
         Raises:
             TrainingError: If a prediction is not a number.
@@ -343,16 +500,24 @@ class Engine:
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Scores as `evaluate` does and gives the labels as well."""
         started = time.perf_counter()
-        y_true, y_pred, group_id = self._collect(data_generator)
+        y_true, y_pred, group_id, scenario = self._collect(data_generator)
+        scenarios = {} if scenario is None else self._scenarios_in(scenario, data_generator)
         scores = {}
         for label in y_true:
             if not np.isfinite(y_pred[label]).all():
                 raise TrainingError(f"the model predicts nan or inf for {label}; lower learning_rate")
+            may_be_missing = label in getattr(data_generator, "may_be_missing", ())
+            known = ~np.isnan(y_true[label]) if may_be_missing else slice(None)
+            y_true[label] = y_true[label][known]
+            rows = y_true[label], y_pred[label][known]
+            groups = None if group_id is None else group_id[known]
             base_rate = self.base_rates[label] if self.base_rates else None
-            scores[label] = evaluate_metrics(y_true[label], y_pred[label], metrics, group_id, base_rate)
-            values = " - ".join(f"{name}: {value:.6f}" for name, value in scores[label].items())
-            logging.info("[Task: %s][Metrics] %s", label, values)
-        self._rows["evaluate"] += len(y_true[label])
+            scores[label] = evaluate_metrics(*rows, metrics, groups, base_rate)
+            _log_metrics(label, scores[label])
+            if scenario is not None:
+                within = evaluate_metrics_within(*rows, scenario[known], metrics, groups, base_rate)
+                scores[label] |= self._name_scenarios(label, within, scenarios, metrics)
+        self._rows["evaluate"] += len(y_pred[label])
         self._seconds["evaluate"] += time.perf_counter() - started
         if len(scores) == 1:
             return scores[label], y_true
@@ -360,16 +525,48 @@ class Engine:
         means = {name: float(np.mean([values[name] for values in scores.values()])) for name in scores[label]}
         return {**logs, **means}, y_true
 
+    def _scenarios_in(self, scenario: np.ndarray, data_generator: Batches) -> dict[int, str]:
+        """Names the scenarios that occur, by id; says once for each data how many rows are of an unseen one."""
+        ids, counts = np.unique(scenario, return_counts=True)
+        rows = {self._scenario_names[i]: n for i, n in zip(ids.tolist(), counts) if i in self._scenario_names}
+        if UNSEEN in rows and id(data_generator) not in self._told_unseen:
+            self._told_unseen.add(id(data_generator))
+            logging.warning(
+                "%d of %d rows have a value of %s that training has not seen; %s=%s is in no mean over scenarios",
+                *(rows[UNSEEN], len(scenario), self._scenario, self._scenario, UNSEEN),
+            )
+        return {i: name for i, name in self._scenario_names.items() if name in rows}
+
+    def _name_scenarios(
+        self, label: str, within: Mapping[int, dict[str, float]], scenarios: Mapping[int, str], metrics: Sequence[str]
+    ) -> dict[str, float]:
+        """Names the metrics of a label within each scenario and adds their means over scenarios."""
+        undefined = dict.fromkeys(metrics, math.nan)  # of a scenario where no row has the label
+        by_name = {name: within.get(i, undefined) for i, name in scenarios.items()}
+        scores = {}
+        for name, values in by_name.items():
+            _log_metrics(f"{label}, {self._scenario}={name}", values)
+            scores |= {f"{metric}@{self._scenario}={name}": value for metric, value in values.items()}
+        for metric in metrics:
+            values = [values[metric] for name, values in by_name.items() if name != UNSEEN]
+            defined = [value for value in values if not math.isnan(value)]
+            scores[f"{metric}@{self._scenario}"] = float(np.mean(defined)) if defined else math.nan
+        return scores
+
     @torch.no_grad()
     def _collect(
         self, data_generator: Batches
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray | None]:
-        """Gathers labels and predictions by label, float64, and the group ids; each leaves the device once."""
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray | None, np.ndarray | None]:
+        """Gathers labels and predictions by label, float64, the group ids and the scenario ids.
+
+        Each leaves the device once.
+        """
         self.eval()
         outputs = self._outputs()
         y_true: dict[str, list[Tensor]] = {label: [] for label in outputs}
         y_pred: dict[str, list[Tensor]] = {label: [] for label in outputs}
         groups: list[Tensor] = []
+        scenarios: list[Tensor] = []
         for batch in self._progress(data_generator, "evaluate"):
             batch = self._on_device(batch)
             predictions = self.forward(batch)
@@ -378,10 +575,13 @@ class Engine:
                 y_pred[label].append(predictions[output].flatten())
             if self.feature_map.group_id is not None:
                 groups.append(self.get_group_id(batch).flatten())
+            if self._scenario is not None:
+                scenarios.append(batch[self._scenario].flatten())
         return (
             {label: torch.cat(parts).double().cpu().numpy() for label, parts in y_true.items()},
             {label: torch.cat(parts).double().cpu().numpy() for label, parts in y_pred.items()},
             torch.cat(groups).numpy() if groups else None,
+            torch.cat(scenarios).cpu().numpy() if scenarios else None,
         )
 
     def _outputs(self) -> dict[str, str]:
@@ -402,3 +602,8 @@ class Engine:
     def _progress(self, data_generator: Batches, what: str) -> Batches:
         """Shows the progress and the rate on a terminal, nothing in a log."""
         return tqdm(data_generator, what, unit="batch", leave=False, disable=None if self._verbose else True)
+
+
+def _log_metrics(task: str, values: Mapping[str, float]) -> None:
+    listed = " - ".join(f"{name}: {value:.6f}" for name, value in values.items())
+    logging.info("[Task: %s][Metrics] %s", task, listed)

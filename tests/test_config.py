@@ -342,11 +342,24 @@ def test_keys_are_those_of_constructors_that_can_be_reached(folder):
         ("task=[binary]", "one of binary_classification, regression"),
         ("task=[regression, regression]", "'task' is for 2 labels; the data set has 1: click"),
         ("num_tasks=3", "'num_tasks' is for 3 labels"),
+        ("loss_weight=[1, 2]", "'loss_weight' is for 2 labels; the data set has 1: click"),
+        ("loss_weight=[-1]", "'loss_weight' must be EQ, UW or a list of numbers of at least 0, not all of them 0"),
+        ("loss_weight=[0]", "'loss_weight' must be EQ, UW or a list"),
+        ("loss_weight=[.nan]", "'loss_weight' must be EQ, UW or a list"),
+        ("loss_weight=[true]", "'loss_weight' must be EQ, UW or a list"),
+        ("loss_weight=uw", "'loss_weight' must be EQ, UW or a list"),
+        ("loss_weight=1", "'loss_weight' must be EQ, UW or a list"),
         ("metrics=AUC", "'metrics' must be a list of names"),
         ("monitor=NDCG@3", "unknown metric 'NDCG@3'"),
         ("monitor={AUC: best}", "a number as its weight; got 'best'"),
         ("group_id=usr", "'group_id': unknown feature 'usr'; the nearest is 'user'"),
         ("group_id=null", "gAUC needs group_id"),
+        ("scenario=itm", "'scenario': unknown feature 'itm'; the nearest is 'item'"),
+        ("scenario=price", "'scenario': 'price' is numeric; a scenario is a categorical feature"),
+        ("scenario=seq_item", "'scenario': 'seq_item' is sequence; a scenario is a categorical feature"),
+        ("scenario=user", "'scenario': 'user' is meta; a scenario is a categorical feature"),
+        ("scenario=[item]", "'scenario' must be a text"),
+        ("monitor=AUC@item", "unknown metric 'AUC@item'"),
         ("use_features=[itm]", "'use_features': unknown feature 'itm'; the nearest is 'item'"),
         ("feature_specs=[{name: itm, feature_encoder: null}]", "'feature_specs': unknown feature 'itm'"),
         ("feature_cols=3", "'feature_cols' must list mappings"),
@@ -354,6 +367,11 @@ def test_keys_are_those_of_constructors_that_can_be_reached(folder):
         ("behaviors.watch=[seq_itm]", "behavior 'watch': unknown sequence 'seq_itm'; the nearest is 'seq_item'"),
         ("label_col={name: click, dtype: str}", "one of int, float; got 'str'"),
         ("label_col={name: price, dtype: float}", "label 'price' is a feature too"),
+        ("label_col={name: click, dtype: float, may_be_missing: 1}", "'may_be_missing' must be true or false; got 1"),
+        (
+            "label_col={name: click, dtype: float, may_be_missing: true, fill_na: 0}",
+            "label_col 'click': fill_na and may_be_missing exclude each other; keep one",
+        ),
     ],
 )
 def test_a_wrong_value_is_named(folder, override, complaint):
@@ -394,6 +412,48 @@ def test_several_labels(folder):
     params = load(folder, "Toy_test", [*two, "loss=[bce, bce]", "monitor=like_AUC"], SRC)
     assert params["monitor"] == "like_AUC"
     assert "unknown metric 'share_AUC'; the nearest is" in mistakes(folder, *two, "monitor=share_AUC")
+    fewer = mistakes(folder, labels, "task=[binary_classification]", "loss_weight=[1]")
+    for key in ("task", "loss_weight"):
+        assert f"'{key}' is for 1 labels; the data set has 2: click, like" in fewer
+
+
+def test_scenarios_may_be_monitored(folder):
+    labels = "label_col=[{name: click, dtype: float, may_be_missing: true}, {name: like, dtype: float}]"
+    several = [labels, "scenario=item", "metrics=[AUC, NDCG@5, NDCG(k=1)]"]
+    for name in (
+        "AUC",
+        "AUC@item",
+        "like_AUC@item",
+        "click_NDCG@5@item",
+        "NDCG(k=1)@item",
+        "AUC@item=7",
+        "AUC@item=a=b",
+    ):
+        assert load(folder, "Toy_test", [*several, f"monitor={{{name}: 1, like_AUC: 0.5}}"], SRC)["scenario"] == "item"
+    for name in ("AUC@cate", "AUC@itm=1", "share_AUC@item", "gAUC@item=1", "AUC@item@item"):
+        message = mistakes(folder, *several, f"monitor={{{name}: 1}}")
+        assert message.startswith("1 mistake in") and f"'monitor': unknown metric '{name}'" in message
+    assert "the nearest is 'AUC@item'" in mistakes(folder, *several, "monitor=AUC@itme")
+
+
+@pytest.mark.parametrize("loss_weight", ["EQ", "UW", "[1, 0.5]", "[0, 1]"])
+def test_loss_weights_of_several_labels(folder, loss_weight):
+    labels = "label_col=[{name: click, dtype: float}, {name: like, dtype: float}]"
+    params = load(folder, "Toy_test", [labels, f"loss_weight={loss_weight}"], SRC)
+    assert params["loss_weight"] == yaml.safe_load(loss_weight)
+    message = mistakes(folder, labels, f"loss_weight={loss_weight}", "model=Closed")
+    assert "'loss_weight' weighs the losses of several labels; Closed predicts one: remove it" in message
+    assert "unknown key 'loss_weight'" not in message
+
+
+def test_a_data_set_has_scenarios_and_missing_labels_by_itself(folder):
+    edit(
+        folder / "dataset_config.yaml",
+        ("dtype: float}\n    behaviors", "dtype: float, may_be_missing: True}\n    scenario: cate\n    behaviors"),
+    )
+    assert load_dataset("tiny", folder)["scenario"] == "cate"
+    with pytest.raises(ConfigError, match="'scenario': unknown feature 'image2'; the nearest is 'image'"):
+        load_dataset("tiny", folder, ["scenario=image2"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import h5py
 import numpy as np
 import polars as pl
 import pytest
-from flowctr.data import Encoder, H5DataLoader, build_h5, load_feature_map
+from flowctr.data import Encoder, H5DataLoader, build_h5, load_feature_map, scenario_names
 from flowctr.data.files import lock_of
 from fuxictr.preprocess.feature_processor import FeatureProcessor
 
@@ -366,6 +367,7 @@ def test_manifest_digest_is_that_of_the_content(params, tmp_path):
         ),
         ({"feature_cols": [FEATURES[1], FEATURES[0], *FEATURES[2:]]}, "order of feature_cols"),
         ({"label_col": LABELS[0]}, "label_col.like.*-> not set"),
+        ({"label_col": [LABELS[0], {**LABELS[1], "may_be_missing": True}]}, "like.may_be_missing: not set -> True"),
         ({"test_data": None}, "test data: .*test.csv -> none"),
     ],
 )
@@ -474,6 +476,8 @@ def test_damaged_vocabulary_is_named(params, tmp_path):
         ({"feature_specs": [{"name": ["item", "cat"], "embedding_dim": 4}]}, r"feature_specs names 'cat', .*'cate'"),
         ({"feature_specs": [{"embedding_dim": 4}]}, "feature_specs names None"),
         ({"use_features": ["item"], "group_id": "user"}, "group_id names 'user', which use_features leaves out"),
+        ({"use_features": ["item"], "scenario": "cate"}, "scenario names 'cate', which use_features leaves out"),
+        ({"scenario": "cat"}, r"scenario names 'cat', which .* lacks \(did you mean 'cate'\?\)"),
     ],
 )
 def test_columns_that_the_feature_map_lacks_are_named(params, change, message):
@@ -724,6 +728,106 @@ def test_missing_label_takes_the_fill_value_where_one_is_given(params, tmp_path)
     params.update(feature_cols=[{**FEATURES[2], "name": "item", "dtype": "str"}], valid_data=None, test_data=None)
     params.update(label_col={"name": "label", "dtype": "float", "fill_na": 0}, min_categr_count=1)
     np.testing.assert_array_equal(read_columns(build_h5(params)["train"])["label"], [1, 0])
+
+
+CONVERSIONS = [1.0, None, 0.0, math.nan, None, 1.0, 1.0, None]
+MISSING = {"name": "conversion", "dtype": "float", "may_be_missing": True}
+
+
+def conversions(params: dict, tmp_path: Path, data_format: str, values: list) -> dict:
+    """Parameters of a data set whose label ``conversion`` is known in some rows only."""
+    frame = pl.DataFrame({"label": [0, 1] * 4, "item": list("abcdabcd")}).with_columns(conversion=pl.Series(values))
+    for split in ("train", "valid"):
+        path = tmp_path / f"{split}.{data_format}"
+        frame.write_csv(path) if data_format == "csv" else frame.write_parquet(path)
+        params[f"{split}_data"] = str(path)
+    params.update(feature_cols=[{**FEATURES[2], "name": "item", "dtype": "str"}], data_format=data_format)
+    params.update(label_col=[LABELS[0], MISSING], test_data=None, min_categr_count=1)
+    return params
+
+
+@pytest.mark.parametrize("data_format", ["csv", "parquet"])
+@pytest.mark.parametrize("block_rows", [0, 3])
+def test_a_label_may_be_missing_where_that_is_said(params, tmp_path, data_format, block_rows):
+    conversions(params, tmp_path, data_format, CONVERSIONS)
+    params["data_block_size"] = block_rows
+    paths = build_h5(params)
+    assert build_h5(params) == paths
+    expected = np.array([1, np.nan, 0, np.nan, np.nan, 1, 1, np.nan], np.float32)
+    np.testing.assert_array_equal(read_columns(paths["train"])["conversion"], expected)
+    feature_map = load_feature_map(params)
+    for given in (paths["train"], build_h5({**params, "data_format": "h5", "train_data": paths["train"]})["train"]):
+        for streaming in (False, True):
+            loader = H5DataLoader(feature_map, given, batch_size=5, streaming=streaming)
+            assert loader.may_be_missing == ["conversion"]
+            assert loader.base_rates == {"label": 0.5, "conversion": 0.75}
+            batches = [batch["conversion"] for batch in loader]
+            np.testing.assert_array_equal(np.concatenate(batches), expected)
+
+
+@pytest.mark.parametrize("data_format", ["csv", "parquet"])
+def test_a_missing_label_is_an_error_everywhere_else(params, tmp_path, data_format):
+    conversions(params, tmp_path, data_format, CONVERSIONS)
+    params["label_col"] = [LABELS[0], {**MISSING, "may_be_missing": False}]
+    with pytest.raises(ValueError, match=rf"train\.{data_format}: column 'conversion' is empty in row 2"):
+        build_h5(params)
+
+
+def test_what_is_no_number_is_no_missing_label(params, tmp_path):
+    conversions(params, tmp_path, "parquet", [*CONVERSIONS[:-1], math.inf])
+    with pytest.raises(ValueError, match=r"column 'conversion' has 'inf', which is not a number in row 8"):
+        build_h5(params)
+    conversions(params, tmp_path, "csv", [*map(str, [1, 0, 1]), "yes", "", "1", "0", "1"])
+    with pytest.raises(ValueError, match=r"column 'conversion' has 'yes', which is not a number in row 4"):
+        build_h5(params)
+    params["label_col"] = [LABELS[0], {**MISSING, "fill_na": 0}]
+    with pytest.raises(ValueError, match="'conversion': fill_na and may_be_missing exclude each other"):
+        build_h5(params)
+
+
+def test_a_label_that_a_whole_split_lacks_is_an_error(params, tmp_path):
+    conversions(params, tmp_path, "parquet", CONVERSIONS)
+    empty = pl.read_parquet(params["valid_data"]).with_columns(conversion=pl.lit(None, pl.Float64))
+    empty.write_parquet(params["valid_data"])
+    paths = build_h5(params)
+    with pytest.raises(ValueError, match=r"label 'conversion' is missing in every row of the valid split; leave"):
+        H5DataLoader(load_feature_map(params), paths["valid"], "valid")
+
+
+@pytest.mark.parametrize("change", [{}, {"dtype": "int", "fill_na": 5}, {"share_embedding": "items"}])
+def test_scenarios_are_named_by_their_raw_values(params, change):
+    """Whatever the encoder does: every row's id stands for its value, or for one that training lacks."""
+    columns = [FEATURES[0], FEATURES[6], {**FEATURES[5], "share_embedding": None, "name": "items"}]
+    columns[2].pop("share_embedding")
+    name = "item" if "share_embedding" in change else "cate"
+    columns.append({"name": name, "active": True, "dtype": "str", "type": "categorical", **change})
+    paths = build_h5({**params, "feature_cols": columns})
+    feature_map = load_feature_map(params)
+    names = scenario_names(feature_map, name)
+    assert list(names) == list(range(1, feature_map.features[name]["vocab_size"]))
+    assert list(names.values()).count("unseen") == 1
+    seen = set(names.values())
+    for split in ("train", "test"):
+        raw = pl.read_csv(params[f"{split}_data"])[name].cast(pl.String).to_list()
+        for value, i in zip(raw, read_columns(paths[split])[name]):
+            value = str(change["fill_na"]) if value is None and "fill_na" in change else value
+            assert names.get(i, "padding") == (value if value in seen else "unseen"), value
+    (Path(params["data_root"]) / "tiny" / "feature_vocab.json").unlink()
+    ids = [*map(str, range(1, len(names))), "unseen"]
+    assert list(scenario_names(feature_map, name).values()) == ids
+
+
+def test_what_is_no_scenario_is_named(params, tmp_path):
+    build_h5(params)
+    feature_map = load_feature_map(params)
+    with pytest.raises(ValueError, match=r"scenario 'cat' is no feature \(did you mean 'cate'\?\)"):
+        scenario_names(feature_map, "cat")
+    for name, kind in (("price", "numeric"), ("items", "sequence"), ("user", "meta")):
+        with pytest.raises(ValueError, match=f"scenario '{name}' is {kind}; a scenario is a categorical feature"):
+            scenario_names(feature_map, name)
+    (tmp_path / "built" / "tiny" / "feature_vocab.json").write_text('{"item": {}}')
+    with pytest.raises(ValueError, match=r"feature_vocab\.json is damaged: it lacks cate"):
+        scenario_names(feature_map, "cate")
 
 
 def test_missing_source_is_named(params):

@@ -297,6 +297,29 @@ def test_labels_that_fit_their_task_are_taken(folder, streaming):
         load(folder, task=["regression"])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("block_rows", [0, 170])
+def test_a_label_may_be_missing_in_files_that_say_so(tmp_path, streaming, block_rows):
+    columns = make_columns()
+    columns["like"][np.arange(ROWS) % 3 > 0] = np.nan
+    columns["like"][:200] = np.nan  # the whole first part
+    write(tmp_path, columns, block_rows=block_rows, may_be_missing=["like"])
+    loader = load(tmp_path, streaming=streaming, batch_size=96)
+    assert loader.may_be_missing == ["like"]
+    means = {"click": columns["click"].mean(dtype=np.float64), "like": np.nanmean(columns["like"], dtype=np.float64)}
+    assert loader.base_rates == pytest.approx(means, abs=1e-12)
+    np.testing.assert_array_equal(joined(loader)["like"], columns["like"])
+    columns["like"][500] = 2
+    columns["click"][700] = np.nan
+    write(tmp_path / "like", columns, block_rows=block_rows, may_be_missing=["like", "click"])
+    with pytest.raises(ValueError, match=r"column 'like', row \d+: label 2\.0 is not in \[0, 1\]"):
+        list(load(tmp_path / "like", streaming=streaming))
+    columns["like"][500] = 0
+    write(tmp_path / "click", columns, block_rows=block_rows, may_be_missing=["like"])
+    with pytest.raises(ValueError, match=r"column 'click', row \d+: label nan is not in \[0, 1\]"):
+        list(load(tmp_path / "click", streaming=streaming))
+
+
 @pytest.mark.parametrize("batch_size", [0, -3, 1.5, None])
 def test_impossible_batch_size(folder, batch_size):
     with pytest.raises(ValueError, match=f"batch_size={batch_size}; a batch needs a positive whole number"):

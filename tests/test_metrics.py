@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import sklearn.metrics
 import torch
-from flowctr.metrics import evaluate_metrics
+from flowctr.metrics import evaluate_metrics, evaluate_metrics_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -357,3 +357,40 @@ def test_group_metric_without_group_id(metric):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate_metrics(**{"y_true": [0, 1], "y_pred": [0.1, 0.2], "metrics": ["AUC"], **arguments})
+
+
+# ------------------------------------------------------------------------------------------------------ within segments
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3), st.integers(0, 4), st.integers(-1, 3)), min_size=1))
+def test_within_a_segment_it_is_the_metric_of_its_rows(rows):
+    y_true, scores, groups, segments = (np.array(column) for column in zip(*rows))
+    y_pred = (scores + 4) / 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # undefined values are no news within a segment
+        found = evaluate_metrics_within(y_true, y_pred, segments, ALL_METRICS, groups, base_rate=0.3)
+    assert list(found) == sorted(set(segments.tolist()))
+    for segment, values in found.items():
+        of = segments == segment
+        expected = evaluate(y_true[of], y_pred[of], ALL_METRICS, groups[of], base_rate=0.3)
+        np.testing.assert_equal(values, expected)
+
+
+def test_within_segments_ne_has_one_base_rate():
+    y_true, y_pred, _ = random_log(3)
+    segments = np.repeat([5, 2], 200)
+    found = evaluate_metrics_within(y_true, y_pred, segments, ["NE", "logloss"])
+    mean = y_true.mean()
+    entropy = -mean * math.log(mean) - (1 - mean) * math.log(1 - mean)
+    for values in found.values():
+        assert values["NE"] == pytest.approx(values["logloss"] / entropy, rel=1e-12)
+
+
+def test_segments_are_checked_as_all_rows():
+    with pytest.raises(ValueError, match="segment has 1 rows, y_true has 2"):
+        evaluate_metrics_within([0, 1], [0.1, 0.2], [3], ["AUC"])
+    with pytest.raises(ValueError, match="gAUC needs group_id"):
+        evaluate_metrics_within([0, 1], [0.1, 0.2], [3, 3], ["gAUC"])
+    with pytest.raises(ValueError, match="y_pred must not be NaN; 1 of 2 rows"):
+        evaluate_metrics_within([0, 1], [0.1, math.nan], [3, 4], ["AUC"])

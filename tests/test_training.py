@@ -1,16 +1,18 @@
 """The engine against FuxiCTR's own training, and what it adds: curves, checkpoints, clear stops."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from flowctr.metrics import evaluate_metrics
-from flowctr.training import GraphedStep, TrainingError, accelerate
+from flowctr.training import GraphedStep, KnownLoss, TrainingError, accelerate
 from fuxictr.pytorch.layers import FeatureEmbedding, MLP_Block
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 from fuxictr.pytorch.torch_utils import seed_everything
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import toy_batch, toy_feature_map
 
 SETTINGS = {
@@ -434,3 +436,446 @@ def test_rates_count_rows(tmp_path):
     train(model, epochs=2)
     assert dict(model._rows) == {"train": 2 * 7 * 32, "evaluate": 2 * 3 * 32}
     assert all(rate > 0 for rate in model.rows_per_second().values())
+
+
+# Schedules
+
+
+class Scheduled(SingleTask):
+    """Records its epochs."""
+
+    def __init__(self, feature_map, **kwargs):
+        super().__init__(feature_map, **kwargs)
+        self.epochs = []
+
+    def start_epoch(self, epoch, epochs):
+        self.epochs.append((epoch, epochs, self._total_steps))
+
+
+def test_a_model_hears_of_each_epoch_before_it(tmp_path):
+    model = build(Scheduled, tmp_path)
+    train(model, epochs=3)
+    assert model.epochs == [(0, 3, 0), (1, 3, 7), (2, 3, 14)]
+    stopped = build(Scheduled, tmp_path, learning_rate=0.5, early_stop_patience=1)
+    train(stopped, epochs=50)
+    assert 1 < len(stopped.epochs) == len(stopped.history["valid"]) < 50
+
+
+# Loss weights
+
+
+def losses_by_label(model, batch):
+    """The two losses with FuxiCTR's own loss function, in eval mode: without dropout."""
+    predictions = model.eval().forward(batch)
+    return [
+        nn.functional.binary_cross_entropy(predictions[f"{label}_pred"], batch[label].view(-1, 1))
+        for label in ("click", "like")
+    ]
+
+
+def total_loss(model, batch):
+    return model.compute_loss(model.forward(batch), model.get_labels(batch))
+
+
+def test_equal_weights_are_bit_equal_to_the_sum(tmp_path):
+    model, weighted = build(TwoTasks, tmp_path), build(TwoTasks, tmp_path, loss_weight=[1, 1.0])
+    assert train(weighted) == train(model)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weighted.state_dict()[name], weight), name
+
+
+def test_fixed_weights_multiply_the_losses(tmp_path):
+    model = build(TwoTasks, tmp_path, loss_weight=[0.25, 3], net_regularizer=0.1)
+    (batch,) = batches_of(model.feature_map, 1)
+    click, like = losses_by_label(model, batch)
+    expected = 0.25 * click + 3 * like + model.regularization_loss()
+    assert total_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_uncertainty_weights_are_those_of_the_paper(tmp_path):
+    model = build(TwoTasks, tmp_path, loss_weight="UW")
+    (batch,) = batches_of(model.feature_map, 1)
+    with torch.no_grad():
+        model.loss_log_variances.copy_(torch.tensor([0.5, -1.0]))
+    click, like = (loss.item() for loss in losses_by_label(model, batch))
+    loss = total_loss(model, batch)
+    assert loss.item() == pytest.approx(math.exp(-0.5) * click + 0.25 + math.exp(1) * like - 0.5, rel=1e-6)
+    loss.backward()
+    expected = [-math.exp(-0.5) * click + 0.5, -math.exp(1) * like + 0.5]
+    assert model.loss_log_variances.grad.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "AdamW", "SGD"])
+def test_uncertainty_weights_are_learned_and_restored(tmp_path, caplog, optimizer):
+    caplog.set_level("INFO")
+    model = build(TwoTasks, tmp_path, loss_weight="UW", optimizer=optimizer)
+    assert model.loss_log_variances.tolist() == [0, 0]
+    train(model, epochs=2)
+    learned = model.loss_log_variances.tolist()
+    assert 0 not in learned and learned[0] != learned[1]
+    assert caplog.text.count("Loss weights: click ") == len(model.history["valid"])
+    again = build(TwoTasks, tmp_path, loss_weight="UW")
+    again.load_weights(model.checkpoint)
+    assert again.loss_log_variances.tolist() == learned
+    with pytest.raises(ValueError, match="loss_log_variances is missing there"):
+        plain = build(TwoTasks, tmp_path)
+        plain.save_weights(tmp_path / "plain.model")
+        again.load_weights(tmp_path / "plain.model")
+
+
+def test_uncertainty_at_a_minimum_is_the_loss(tmp_path):
+    """Where the gradient of s vanishes, exp(s) = 2 * loss: the learned variance follows the loss."""
+    model = build(TwoTasks, tmp_path, loss_weight="UW", learning_rate=1e-12)
+    (batch,) = batches_of(model.feature_map, 1)
+    model.optimizer.param_groups[-1]["lr"] = 0.05  # the weights alone are trained
+    model._max_gradient_norm = 10.0
+    model.eval()
+    for _ in range(150):
+        model.train_step(batch)
+    losses = [loss.item() for loss in losses_by_label(model, batch)]
+    assert model.loss_log_variances.exp().tolist() == pytest.approx([2 * loss for loss in losses], rel=1e-3)
+
+
+def test_regularisation_leaves_learned_weights_alone(tmp_path):
+    settings = {"net_regularizer": 0.2, "embedding_regularizer": 0.1}
+    model, plain = build(TwoTasks, tmp_path, loss_weight="UW", **settings), build(TwoTasks, tmp_path, **settings)
+    with torch.no_grad():
+        model.loss_log_variances.fill_(100)
+    assert torch.equal(model.regularization_loss(), plain.regularization_loss())
+    assert model.loss_log_variances.requires_grad
+
+
+class OwnGroupsAndTerm(TwoTasks):
+    """A model with parameter groups and a loss term of its own, as MultiTaskModel lets one have them."""
+
+    def compile(self, optimizer, loss, lr):
+        super().compile(optimizer, loss, lr)
+        scale, others = [self.scale], [*self.embedding_layer.parameters(), *self.mlp.parameters()]
+        others += self.towers.parameters()
+        self.optimizer = type(self.optimizer)([{"params": scale, "lr": lr / 2}, {"params": others}], lr=lr)
+
+    def add_loss(self, return_dict, y_true):
+        return super().add_loss(return_dict, y_true) + 7 * self.scale.sum()
+
+
+@pytest.mark.parametrize("loss_weight", ["EQ", "UW", [2, 0.5]])
+def test_own_parameter_groups_and_loss_terms_of_a_model_stay(tmp_path, loss_weight):
+    feature_map = feature_map_of(TwoTasks)
+    model = build(OwnGroupsAndTerm, tmp_path, feature_map=feature_map, loss_weight=loss_weight)
+    (batch,) = batches_of(feature_map, 1)
+    click, like = losses_by_label(model, batch)
+    first, second = (1, 1) if isinstance(loss_weight, str) else loss_weight
+    assert total_loss(model, batch).item() == pytest.approx((first * click + second * like + 3.5).item(), rel=1e-6)
+    groups = [(len(group["params"]), group["lr"]) for group in model.optimizer.param_groups]
+    rest = len(list(model.parameters())) - (2 if loss_weight == "UW" else 1)
+    assert groups == [(1, 0.01), (rest, 0.02), *([(1, 0.02)] if loss_weight == "UW" else [])]
+
+
+def test_a_model_compiled_again_goes_on_with_its_learned_weights(tmp_path):
+    model = build(TwoTasks, tmp_path, loss_weight="UW")
+    with torch.no_grad():
+        model.loss_log_variances.fill_(0.5)
+    model.compile("adam", "binary_crossentropy", 0.02)
+    trained = [weight for group in model.optimizer.param_groups for weight in group["params"]]
+    assert len(trained) == len({id(weight) for weight in trained}) == len(list(model.parameters()))
+    train(model, epochs=1)
+    assert 0.5 not in model.loss_log_variances.tolist()
+
+
+@pytest.mark.parametrize("loss_weight", [[1], [1, 2, 3], "uw", None, 0.5])
+def test_loss_weights_that_do_not_fit_the_labels_are_refused(tmp_path, loss_weight):
+    with pytest.raises(ValueError, match="must be EQ, UW or one weight for each of the 2 labels click, like"):
+        build(TwoTasks, tmp_path, loss_weight=loss_weight)
+    with pytest.raises(ValueError, match=r"loss_weight=.* weighs several labels; SingleTask predicts one"):
+        build(SingleTask, tmp_path, loss_weight=loss_weight)
+
+
+# Missing labels
+
+
+class Partial(Loader):
+    """Batches that say of ``like`` that it may be missing, as the data loader does."""
+
+    may_be_missing = ("like",)
+
+    @property
+    def base_rates(self):
+        return {label: float(torch.cat([b[label] for b in self]).nanmean()) for label in ("click", "like")}
+
+
+def partial_batches(feature_map, count, first_seed=0, known=0.5):
+    """Batches of which a share has ``like``."""
+    batches = Partial(batches_of(feature_map, count, first_seed))
+    for batch in batches:
+        batch["like"][torch.rand(len(batch["like"])) >= known] = math.nan
+    return batches
+
+
+@pytest.mark.parametrize("loss_weight", ["EQ", [2, 0.5], "UW"])
+def test_missing_labels_have_no_part_in_the_loss(tmp_path, loss_weight):
+    model = build(TwoTasks, tmp_path, loss_weight=loss_weight)
+    data = partial_batches(model.feature_map, 3)
+    model.fit(data, epochs=1)
+    model.eval()
+    batch = data[0]
+    known = ~batch["like"].isnan()
+    assert 0 < known.sum() < 32
+    predictions = model.forward(batch)
+    click = nn.functional.binary_cross_entropy(predictions["click_pred"].flatten(), batch["click"])
+    like = nn.functional.binary_cross_entropy(predictions["like_pred"].flatten()[known], batch["like"][known])
+    if loss_weight == "UW":
+        s = model.loss_log_variances
+        expected = (torch.exp(-s) * torch.stack([click, like]) + s / 2).sum()
+    else:
+        first, second = (1, 1) if loss_weight == "EQ" else loss_weight
+        expected = first * click + second * like
+    loss = total_loss(model, batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    weights = list(model.parameters())
+    for found, wanted in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_weight", ["EQ", "UW"])
+def test_a_batch_without_a_known_label_adds_nothing(tmp_path, loss_weight):
+    model = build(TwoTasks, tmp_path, loss_weight=loss_weight)
+    data = partial_batches(model.feature_map, 2)
+    model.fit(data, epochs=1)
+    click = losses_by_label(model, {**data[0], "like": data[0]["like"].nan_to_num()})[0]
+    data[0]["like"][:] = math.nan
+    model.zero_grad()
+    loss = total_loss(model, data[0])
+    if loss_weight == "UW":
+        click = torch.exp(-model.loss_log_variances[0]) * click + model.loss_log_variances[0] / 2
+    assert loss.item() == pytest.approx(click.item(), rel=1e-6)
+    loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+    assert model.towers[1].weight.grad.abs().sum() == 0
+    if loss_weight == "UW":
+        assert model.loss_log_variances.grad[1] == 0
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: reading a value, and shapes that depend on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss_weight", [[2, 0.5], "UW"])
+def test_weights_and_missing_labels_need_no_value_on_the_host(tmp_path, loss_weight):
+    model = build(TwoTasks, tmp_path, loss_weight=loss_weight, net_regularizer=0.1)
+    data = partial_batches(model.feature_map, 2)
+    model.fit(data, epochs=1)
+    with NoReads():
+        total_loss(model, data[0]).backward()
+    with NoReads(), pytest.raises(AssertionError):
+        model.scale.item()
+
+
+def test_marked_labels_that_are_all_there_train_as_others(tmp_path):
+    model, marked = build(TwoTasks, tmp_path), build(TwoTasks, tmp_path)
+    data = batches_of(model.feature_map, 7)
+    for each, batches in ((model, data), (marked, Partial(data))):
+        torch.manual_seed(3)
+        each.fit(batches, epochs=3)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(marked.state_dict()[name], weight, rtol=1e-4, atol=1e-6)
+    marked.fit(Partial(data), epochs=1)  # a second fit masks no second time
+    assert marked.loss_fn == [model.loss_fn[0], KnownLoss(model.loss_fn[1])]
+
+
+def test_a_single_label_may_be_missing(tmp_path):
+    model = build(SingleTask, tmp_path)
+    batches = batches_of(model.feature_map, 3)
+    data = type("Clicks", (Loader,), {"may_be_missing": ["click"]})(batches)
+    data[0]["click"][:10] = math.nan
+    model.fit(data, epochs=1)
+    model.eval()
+    y_pred = model.forward(data[0])["y_pred"].flatten()
+    expected = nn.functional.binary_cross_entropy(y_pred[10:], data[0]["click"][10:])
+    assert total_loss(model, data[0]).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_metrics_leave_missing_labels_out(tmp_path):
+    model = build(TwoTasks, tmp_path, metrics=["AUC", "gAUC", "logloss", "NE"])
+    train_data, valid = partial_batches(model.feature_map, 7), partial_batches(model.feature_map, 3, 100)
+    model.fit(train_data, validation_data=valid, epochs=1)
+    predictions = model.predict(valid)
+    groups = torch.cat([batch["user_group"] for batch in valid]).numpy()
+    for label in ("click", "like"):
+        truth = torch.cat([batch[label] for batch in valid]).numpy()
+        known = ~np.isnan(truth)
+        rate = train_data.base_rates[label]
+        arguments = truth[known], predictions[label][known], ["AUC", "gAUC", "logloss", "NE"], groups[known], rate
+        expected = evaluate_metrics(*arguments)
+        assert {name: model.restored[f"{label}_{name}"] for name in expected} == expected
+    assert model._rows["evaluate"] == 3 * 32
+
+
+def test_missing_labels_must_be_announced(tmp_path):
+    model = build(TwoTasks, tmp_path)
+    data = partial_batches(model.feature_map, 2)
+    with pytest.raises(ValueError, match="needs y_true 0 or 1"):
+        model.evaluate(list(data))
+
+
+@pytest.mark.parametrize("monitor", ["AUC", {"click_AUC": 0.5, "like_AUC": 0.5}])
+def test_known_labels_of_one_class_are_refused_before_training(tmp_path, monitor):
+    model = build(TwoTasks, tmp_path, monitor=monitor)
+    valid = partial_batches(model.feature_map, 3)
+    for batch in valid:
+        batch["like"][batch["like"] == 1] = math.nan
+    with pytest.raises(ValueError, match="the validation labels of like are all of one class"):
+        model.fit(batches_of(model.feature_map, 7), validation_data=valid)
+
+
+def test_a_combination_of_metrics_chooses_the_weights(tmp_path):
+    weights = {"click_AUC": 0.5, "like_AUC": 0.25, "logloss": -1}
+    model = build(TwoTasks, tmp_path, monitor=weights, learning_rate=0.2, early_stop_patience=3)
+    train(model, epochs=8)
+    values = [sum(w * record[name] for name, w in weights.items()) for record in model.history["valid"]]
+    assert model.restored == model.history["valid"][int(np.argmax(values))]
+    assert model._best_metric == pytest.approx(max(values), abs=1e-12)
+
+
+# Scenarios
+
+
+def scenario_data(feature_map, count=4, first_seed=0):
+    """Batches whose ``item`` is a scenario: 1 to 3, 0 (padding) and 29, the id of what training lacks."""
+    batches = batches_of(feature_map, count, first_seed, rows=200)
+    for batch in batches:
+        batch["item"] = torch.tensor([0, 1, 2, 3, 29])[torch.randint(0, 5, (200,))]
+    return batches
+
+
+def expected_within(model, data, label, predictions, names, metrics, rate):
+    """Metrics of a label from a loop over scenarios, with every row whose label is not NaN."""
+    truth, groups, item = (torch.cat([b[c] for b in data]).numpy() for c in (label, "user_group", "item"))
+    scores = {}
+    for i, name in names.items():
+        rows = (item == i) & ~np.isnan(truth)
+        values = evaluate_metrics(truth[rows], predictions[rows], metrics, groups[rows], rate)
+        scores |= {f"{metric}@item={name}": value for metric, value in values.items()}
+    for metric in metrics:
+        scores[f"{metric}@item"] = np.mean([scores[f"{metric}@item={name}"] for name in ("1", "2", "3")])
+    return scores
+
+
+NAMES = {1: "1", 2: "2", 3: "3", 29: "unseen"}
+
+
+@pytest.mark.parametrize("model_class", [SingleTask, TwoTasks])
+def test_metrics_within_scenarios(tmp_path, caplog, model_class):
+    metrics = ["AUC", "gAUC", "logloss", "NE", "NDCG@5"]
+    model = build(model_class, tmp_path, metrics=metrics, scenario="item", monitor="AUC@item")
+    train_data, data = scenario_data(model.feature_map), scenario_data(model.feature_map, 3, first_seed=50)
+    model.fit(train_data, validation_data=data, epochs=2)
+    scores = model.evaluate(data)
+    unseen = sum(int((batch["item"] == 29).sum()) for batch in data)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{unseen} of 600 rows have a value of item that training has not seen; item=unseen")
+
+    predictions = model.predict(data)
+    plain = build(model_class, tmp_path, metrics=metrics)
+    plain.load_weights(model.checkpoint)
+    plain.base_rates = train_data.base_rates
+    expected = plain.evaluate(data)
+    labels = ["click"] if model_class is SingleTask else ["click", "like"]
+    within = {}
+    for label in labels:
+        y_pred = predictions if model_class is SingleTask else predictions[label]
+        values = expected_within(model, data, label, y_pred, NAMES, metrics, train_data.base_rates[label])
+        within |= values if model_class is SingleTask else {f"{label}_{name}": v for name, v in values.items()}
+    if model_class is TwoTasks:
+        for name in values:
+            within[name] = (within[f"click_{name}"] + within[f"like_{name}"]) / 2
+    assert scores == pytest.approx({**expected, **within}, rel=1e-12)
+    assert list(scores) == list(model.restored)[2:]
+    best = max(record["AUC@item"] for record in model.history["valid"])
+    assert model.restored["AUC@item"] == best == pytest.approx(model._best_metric, abs=1e-12)
+
+
+def test_the_model_is_given_the_scenario_that_it_takes(tmp_path):
+    class Taking(SingleTask):
+        def __init__(self, feature_map, scenario="none", **kwargs):
+            super().__init__(feature_map, **kwargs)
+            self.given = scenario
+
+    feature_map = feature_map_of(SingleTask)
+    assert build(Taking, tmp_path, feature_map=feature_map, scenario="author").given == "author"
+    assert build(Taking, tmp_path, feature_map=feature_map, scenario=None).given == "none"
+    with pytest.raises(ValueError, match=r"scenario 'itm' is no feature \(did you mean 'item'\?\)"):
+        build(SingleTask, tmp_path, scenario="itm")
+
+
+def test_scenarios_leave_missing_labels_and_undefined_values_out(tmp_path):
+    model = build(TwoTasks, tmp_path, scenario="item", monitor={"click_AUC@item": 1, "AUC@item=2": 1})
+    train_data, data = (Partial(scenario_data(model.feature_map, 3, seed)) for seed in (0, 50))
+    for batch in (*train_data, *data):
+        batch["like"][torch.rand(200) < 0.5] = math.nan
+        batch["like"][batch["item"] == 1] = math.nan  # no row of scenario 1 has the label
+        batch["click"][batch["item"] == 3] = 0.0  # AUC is undefined
+    model.fit(train_data, validation_data=data, epochs=1)
+    scores, predictions = model.restored, model.predict(data)
+    for label, defined in (("click", (1, 2)), ("like", (2, 3))):
+        truth, item = (torch.cat([b[c] for b in data]).numpy() for c in (label, "item"))
+        aucs = []
+        for i in defined:
+            rows = (item == i) & ~np.isnan(truth)
+            aucs.append(evaluate_metrics(truth[rows], predictions[label][rows], ["AUC"])["AUC"])
+            assert scores[f"{label}_AUC@item={i}"] == aucs[-1]
+        assert scores[f"{label}_AUC@item"] == pytest.approx(np.mean(aucs), abs=1e-15)
+    assert math.isnan(scores["click_AUC@item=3"]) and math.isnan(scores["like_AUC@item=1"])
+    assert not math.isnan(scores["click_logloss@item=3"]) and math.isnan(scores["like_logloss@item=1"])
+    assert scores["AUC@item"] == pytest.approx((scores["click_AUC@item"] + scores["like_AUC@item"]) / 2, abs=1e-15)
+
+
+@pytest.mark.parametrize("monitor", ["AUC@item", {"click_AUC": 1, "like_AUC@item=2": 1}])
+def test_a_scenario_monitor_that_needs_both_classes_is_refused_before_training(tmp_path, monitor):
+    model = build(TwoTasks, tmp_path, scenario="item", monitor=monitor)
+    valid = Loader(scenario_data(model.feature_map))
+    for batch in valid:
+        batch["like"][:] = 0
+    with pytest.raises(ValueError, match=r"the monitored \w+@item.* needs both classes.* labels of like are"):
+        model.fit(scenario_data(model.feature_map), validation_data=valid)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "message"),
+    [
+        ("like_AUC@item=2", "no scenario of like_AUC@item=2 has both classes among its validation labels"),
+        ({"AUC": 1, "AUC@item=2": 1}, "no scenario of AUC@item=2 has both classes"),
+        ("AUC@item=4", "these validation data have no AUC@item=4, the nearest is AUC@item="),
+        ("gAUC", "these validation data have no gAUC, the nearest is AUC"),
+    ],
+)
+def test_a_monitor_that_validation_leaves_undefined_is_explained(tmp_path, monitor, message):
+    model = build(TwoTasks, tmp_path, scenario="item", monitor=monitor)
+    valid = scenario_data(model.feature_map)
+    for batch in valid:
+        batch["like"][batch["item"] == 2] = 1
+    with pytest.raises(TrainingError, match=message):
+        model.fit(scenario_data(model.feature_map), validation_data=valid)
+
+
+@pytest.mark.parametrize("value", ["31", "unseen", "0", ""])
+def test_a_monitored_scenario_that_training_lacks_is_refused(tmp_path, value):
+    model = build(TwoTasks, tmp_path, scenario="item", monitor=f"AUC@item={value}")
+    data = scenario_data(model.feature_map)
+    with pytest.raises(ValueError, match="is of a item that training has not seen; the nearest is '"):
+        model.fit(data, validation_data=data)
+
+
+def test_scenarios_have_the_names_of_the_vocabulary(tmp_path):
+    feature_map = feature_map_of(SingleTask)
+    feature_map.data_dir = str(tmp_path)
+    (tmp_path / "feature_vocab.json").write_text(
+        json.dumps({"item": {"__PAD__": 0, "home": 2, "feed": 1, "__OOV__": 3}})
+    )
+    model = build(SingleTask, tmp_path, feature_map=feature_map, scenario="item", metrics=["AUC"])
+    data = scenario_data(feature_map)
+    names = ["AUC", *(f"AUC@item={name}" for name in ("feed", "home", "unseen")), "AUC@item"]
+    assert list(model.evaluate(data)) == names

@@ -2,7 +2,13 @@
 
 from importlib import import_module
 
-_HOMES = {"Encoder": "encode", "H5DataLoader": "h5", "build_h5": "build", "load_feature_map": "build"}
+_HOMES = {
+    "Encoder": "encode",
+    "H5DataLoader": "h5",
+    "build_h5": "build",
+    "load_feature_map": "build",
+    "scenario_names": "format",
+}
 __all__ = sorted(_HOMES)
 
 

@@ -87,12 +87,13 @@ def load_feature_map(params: dict) -> FeatureMap:
     features = content["features"]
     used = params.get("use_features") or features
     specs = [name for col in params.get("feature_specs") or [] for name in _names(col)]
-    # A batch has the used features only, and the groups are taken from it.
-    groups = [params["group_id"]] if params.get("group_id") else []
+    # A batch has the used features only, and groups and scenarios are taken from it.
+    columns = {key: [params[key]] if params.get(key) else [] for key in ("group_id", "scenario")}
     for key, names, known in (
         ("use_features", used, features),
         ("feature_specs", specs, used),
-        ("group_id", groups, used),
+        ("group_id", columns["group_id"], used),
+        ("scenario", columns["scenario"], used),
     ):
         for name in names:
             if name not in known:
@@ -129,6 +130,8 @@ def _settings(params: dict) -> dict:
         for name, col in label_col.items():
             if _dtype_name(col.get("dtype")) not in ("int", "float"):
                 problems.append(f"label_col: {name!r}: dtype={col.get('dtype')!r}; a label is int or float")
+            if col.get("may_be_missing") and "fill_na" in col:
+                problems.append(f"label_col: {name!r}: fill_na and may_be_missing exclude each other; keep one")
     if problems:
         raise ValueError(f"data set {params.get('dataset_id')}: " + "; ".join(problems))
     for col in [*feature_cols.values(), *label_col.values()]:

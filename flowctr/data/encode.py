@@ -135,6 +135,7 @@ class Encoder:
         self.processor = processor
         self.features = processor.feature_map.features
         self.labels = processor.feature_map.labels
+        self.may_be_missing = [col["name"] for col in processor.label_cols if col.get("may_be_missing")]
 
     @classmethod
     def load(cls, data_dir: str | Path) -> "Encoder":
@@ -197,7 +198,8 @@ class Encoder:
 
         Returns:
             Arrays by column: ids in the narrowest integer type, shape ``(N,)``, sequences ``(N, max_len)``; numeric
-            features and labels float32 ``(N,)``, embeddings float32 ``(N, pretrain_dim)``.
+            features and labels float32 ``(N,)``, a missing label NaN if it may be missing, embeddings float32
+            ``(N, pretrain_dim)``.
         """
         return self.encode_preprocessed(self.processor.preprocess(self.processor.adapt(frame.lazy())).collect())
 
@@ -236,7 +238,8 @@ class Encoder:
 
     def _encode_numeric(self, name: str, series: pl.Series) -> np.ndarray:
         values = series.cast(pl.Float64).to_numpy()
-        if not np.isfinite(values).all():
+        wrong = np.isinf(values) if name in self.may_be_missing else ~np.isfinite(values)
+        if wrong.any():
             raise NotANumberError(f"column {name!r} has a value that is not a finite number")
         normalizer = self.processor.processor_dict.get(name + "::normalizer")
         return (values if normalizer is None else normalizer.transform(values)).astype(np.float32)
@@ -367,6 +370,7 @@ def _write(processor: Processor, frames: dict[str, pl.LazyFrame], sources: dict,
                     digest,
                     settings["data_block_size"],
                     settings["h5_compression"],
+                    encoder.may_be_missing,
                 ) as writer,
                 tqdm(desc=f"encode {split}", unit=" rows", disable=None) as progress,  # None: only on a terminal
                 _named(path),
@@ -403,11 +407,10 @@ def _explanation(error: Exception, processor: Processor, sources: dict, settings
         for col in processor.label_cols + processor.feature_cols:
             name, dtype = col["name"], processor.dtype_dict[col["name"]]
             try:
-                bad = (
-                    None
-                    if dtype is str
-                    else _first_bad_number(scan, name, is_csv and dtype is int, col.get("fill_na", 0))
-                )
+                may_be_missing = bool(col.get("may_be_missing"))
+                may_be_null = may_be_missing or col.get("fill_na", 0) is not None
+                is_int = is_csv and dtype is int
+                bad = None if dtype is str else _first_bad_number(scan, name, is_int, may_be_null, may_be_missing)
             except pl.exceptions.PolarsError:  # no such column, or a file that cannot be read at all
                 continue
             if bad is not None:
@@ -423,13 +426,17 @@ def _explanation(error: Exception, processor: Processor, sources: dict, settings
     return ValueError(f"{', '.join(path for path, _ in sources.values())}: cannot be read: {error}")
 
 
-def _first_bad_number(scan: pl.LazyFrame, name: str, is_int: bool, fill_na) -> tuple[int, str | None] | None:
-    """Returns row (from 1) and value of the first one that is no finite number, or is missing without a ``fill_na``."""
+def _first_bad_number(
+    scan: pl.LazyFrame, name: str, is_int: bool, may_be_null: bool, may_be_nan: bool
+) -> tuple[int, str | None] | None:
+    """Returns row (from 1) and value of the first one that is no finite number, unless it may be null or NaN."""
     value = pl.col(name).cast(pl.String)
     number = value.cast(pl.Int64 if is_int else pl.Float64, strict=False).cast(pl.Float64)
     bad = number.is_finite().not_().fill_null(True)
-    if fill_na is not None:
+    if may_be_null:
         bad &= value.is_not_null()
+    if may_be_nan:
+        bad &= number.is_nan().fill_null(False).not_()
     rows = scan.select(value.alias("value"), bad.alias("bad")).with_row_index("row", offset=1)
     return next(rows.filter("bad").select("row", "value").head(1).collect().iter_rows(), None)
 

@@ -3,22 +3,27 @@
 A file has one dataset per feature and label, the layout of FuxiCTR 2.0 and 2.1: ids ``(N,)`` or ``(N, max_len)`` in
 the narrowest of uint8, uint16, int32 and int64; numbers, embeddings and labels in float32; in chunks of whole rows.
 Attributes of the file: ``format``, ``rows``, ``feature_map_digest``; of a feature: ``spec`` (JSON of its type and
-sizes), of a sequence also ``padding``; of a label: ``mean``.
+sizes), of a sequence also ``padding``; of a label: ``mean`` of the rows that have it, and, if it may be missing (NaN),
+``known``, the number of these rows.
 """
 
 import hashlib
 import io
 import json
+from collections.abc import Collection
+from operator import itemgetter
 from pathlib import Path
 
 import h5py
 import numpy as np
 from flowctr.data.files import natural_order, read_json
+from flowctr.names import did_you_mean
 
 FORMAT = 1
 CHUNK_BYTES = 2**20  # HDF5 caches chunks up to this size
 CHUNK_ROWS = 65536
 SPEC_KEYS = ("type", "vocab_size", "max_len", "pretrain_dim")  # what a feature's ids depend on
+UNSEEN = "unseen"  # the scenario of values that training lacks
 NEEDED = {"sequence": "max_len", "embedding": "pretrain_dim"}  # what FuxiCTR cannot do without
 
 
@@ -68,6 +73,34 @@ def read_feature_map(data_dir: Path) -> dict:
     return content
 
 
+def scenario_names(feature_map, column: str) -> dict[int, str]:
+    """Names the scenarios of a data set: the values that a categorical column has in training.
+
+    Args:
+        feature_map: FuxiCTR's FeatureMap of the data set.
+        column: The column that tells a row's scenario.
+
+    Returns:
+        Id -> raw value, in the order of ids, the id itself where the data set has no ``feature_vocab.json``. Padding,
+        id 0, is none; the id of values that training lacks is `UNSEEN`.
+
+    Raises:
+        ValueError: If there is no such column, or it is not categorical, or ``feature_vocab.json`` is damaged.
+    """
+    spec = feature_map.features.get(column)
+    if spec is None:
+        raise ValueError(f"scenario {column!r} is no feature{did_you_mean(column, feature_map.features)}")
+    if spec["type"] != "categorical":
+        raise ValueError(f"scenario {column!r} is {spec['type']}; a scenario is a categorical feature")
+    path = Path(feature_map.data_dir) / "feature_vocab.json"
+    if path.is_file():
+        ids = read_json(path, [column], "build the data set again")[column]
+    else:
+        ids = {str(i): i for i in range(spec["vocab_size"] - 1)} | {"__OOV__": spec["vocab_size"] - 1}
+    names = {i: UNSEEN if token == "__OOV__" else token for token, i in sorted(ids.items(), key=itemgetter(1))}
+    return {i: name for i, name in names.items() if i != 0}
+
+
 class H5Writer:
     """Appends encoded rows to ``<split>.h5``, or to ``<split>/part-000000.h5`` and so on.
 
@@ -80,6 +113,7 @@ class H5Writer:
         digest: See ``feature_map_digest``.
         block_rows: Rows per part file; 0 for a single file.
         compression: None, "gzip" or "lzf".
+        may_be_missing: Labels that may be NaN.
     """
 
     def __init__(
@@ -92,9 +126,11 @@ class H5Writer:
         digest: str,
         block_rows: int = 0,
         compression: str | None = None,
+        may_be_missing: Collection[str] = (),
     ):
         self.folder, self.split, self.block_rows, self.compression = folder, split, block_rows, compression
         self.features, self.paddings, self.labels, self.digest = features, paddings, labels, digest
+        self.may_be_missing = may_be_missing
         self.files = []
         self.rows = 0
         self._sink = None
@@ -125,7 +161,9 @@ class H5Writer:
                 dataset.resize(self._file_rows + stop - start, axis=0)
                 dataset[self._file_rows :] = array[start:stop]
             for label in self.labels:
-                self._label_sums[label] += columns[label][start:stop].sum(dtype=np.float64)
+                values = columns[label][start:stop]
+                self._label_sums[label] += np.nansum(values, dtype=np.float64)
+                self._label_rows[label] += np.count_nonzero(~np.isnan(values))
             self._file_rows += stop - start
             self.rows += stop - start
             start = stop
@@ -140,7 +178,8 @@ class H5Writer:
         self.files.append(name)
         self._sink = _Sink(path)
         self._file = h5py.File(self._sink, "w")
-        self._file_rows, self._label_sums = 0, dict.fromkeys(self.labels, 0.0)
+        self._file_rows = 0
+        self._label_sums, self._label_rows = dict.fromkeys(self.labels, 0.0), dict.fromkeys(self.labels, 0)
         row_bytes = max(array[:1].nbytes for array in columns.values())
         chunk_rows = min(CHUNK_ROWS, 1 << max(1, CHUNK_BYTES // row_bytes).bit_length() - 1)  # a power of two
         if self.block_rows:
@@ -165,7 +204,10 @@ class H5Writer:
             return
         self._file.attrs.update({"format": FORMAT, "rows": self._file_rows, "feature_map_digest": self.digest})
         for label, total in self._label_sums.items():
-            self._file[label].attrs["mean"] = total / max(self._file_rows, 1)
+            known = self._label_rows[label]
+            self._file[label].attrs["mean"] = total / max(known, 1)
+            if label in self.may_be_missing:
+                self._file[label].attrs["known"] = known
         self._file.close()
         self._sink.close()
         sink, self._sink = self._sink, None

@@ -23,7 +23,7 @@ PREFETCH_BATCHES = 8
 class _Column:
     """How one column is held and handed out: ``dtype`` in memory, ``tensor_dtype`` in a batch.
 
-    Values outside of ``bounds`` are an error, which ``complaint`` describes.
+    Values outside of ``bounds`` are an error, which ``complaint`` describes; NaN is none if it ``may_be_missing``.
     """
 
     shape: tuple[int, ...]
@@ -31,6 +31,7 @@ class _Column:
     tensor_dtype: torch.dtype
     bounds: tuple[float, float] | None = None
     complaint: str = ""
+    may_be_missing: bool = False
 
 
 class H5DataLoader:
@@ -58,13 +59,14 @@ class H5DataLoader:
 
     Attributes:
         epoch: Number of the next epoch; set it to continue an interrupted run.
-        base_rates: Mean of each label.
+        base_rates: Mean of each label, over the rows that have it.
+        may_be_missing: Labels that are NaN in rows that lack them.
         num_samples, num_batches, num_blocks: Rows, batches and part files.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a file is damaged, empty, or does not fit the feature map, or a label does not fit its task.
-            Streaming finds wrong ids and labels while iterating.
+        ValueError: If a file is damaged, empty, or does not fit the feature map, a label does not fit its task
+            or is missing in every row. Streaming finds wrong ids and labels while iterating.
     """
 
     def __init__(
@@ -97,10 +99,17 @@ class H5DataLoader:
             raise ValueError(f"{data_path}: the {split} split has no rows")
         self.num_blocks = len(self.files)
         self.num_batches = -(-self.num_samples // batch_size)
-        self.base_rates = {
-            label: sum(rows * means[label] for rows, means in inspected) / self.num_samples
-            for label in feature_map.labels
-        }
+        self.may_be_missing = [label for label in feature_map.labels if self._columns[label].may_be_missing]
+        self.base_rates = {}
+        for label in feature_map.labels:
+            parts = [means[label] for _, means in inspected]
+            known = sum(rows for rows, _ in parts)
+            if known == 0:
+                raise ValueError(
+                    f"{data_path}: label {label!r} is missing in every row of the {split} split; leave the label out "
+                    "of label_col, or take rows that have it"
+                )
+            self.base_rates[label] = sum(rows * mean for rows, mean in parts) / known
         row_bytes = sum(c.dtype.itemsize * int(np.prod(c.shape)) for c in self._columns.values())
         if streaming is None:
             streaming = self.num_samples * row_bytes > _total_memory() / 2
@@ -193,9 +202,12 @@ class H5DataLoader:
             if column.bounds:
                 low, high = column.bounds
                 if not (low <= values.min() and values.max() <= high):  # put like this, NaN is outside
-                    row, *step = np.argwhere(~((low <= values) & (values <= high)))[0]
-                    complaint = column.complaint.format(values[(row, *step)])
-                    raise ValueError(f"{file.filename}: column {name!r}, row {start + row}: {complaint}")
+                    outside = ~((low <= values) & (values <= high))
+                    if column.may_be_missing:
+                        outside &= ~np.isnan(values)
+                    for row, *step in np.argwhere(outside)[:1]:
+                        complaint = column.complaint.format(values[(row, *step)])
+                        raise ValueError(f"{file.filename}: column {name!r}, row {start + row}: {complaint}")
             if values is not target:
                 target[...] = values
 
@@ -266,7 +278,8 @@ def _columns(feature_map, path: Path, task: str | list[str]) -> dict[str, _Colum
                 column = _Column(shape, np.dtype(np.float32), torch.float32)
             elif name in tasks:
                 bounds, complaint = _label_bounds(tasks[name])
-                column = _Column(shape, np.dtype(np.float32), torch.float32, bounds, complaint)
+                marked = "known" in file[name].attrs
+                column = _Column(shape, np.dtype(np.float32), torch.float32, bounds, complaint, marked)
             elif vocab_size is not None:
                 complaint = (
                     f"index {{}} is beyond its vocabulary (vocab_size={vocab_size}); the file does not belong to this "
@@ -288,11 +301,13 @@ def _label_bounds(task: str) -> tuple[tuple[float, float], str]:
     return (-largest, largest), "label {} is not a finite number; correct the data"
 
 
-def _inspect(path: Path, feature_map, columns: dict[str, _Column], digest: str | None) -> tuple[int, dict[str, float]]:
+def _inspect(
+    path: Path, feature_map, columns: dict[str, _Column], digest: str | None
+) -> tuple[int, dict[str, tuple[int, float]]]:
     """Checks a file against the feature map without reading its rows.
 
     Returns:
-        The number of rows and the mean of each label.
+        The number of rows, and for each label the number of rows that have it and its mean over them.
     """
     with _open(path) as file:
         _check_names(file, columns)
@@ -320,5 +335,6 @@ def _inspect(path: Path, feature_map, columns: dict[str, _Column], digest: str |
         means = {}
         for label in feature_map.labels:
             mean = file[label].attrs.get("mean")
-            means[label] = float(np.mean(file[label][:], dtype=np.float64) if mean is None and rows else mean or 0.0)
+            mean = float(np.mean(file[label][:], dtype=np.float64) if mean is None and rows else mean or 0.0)
+            means[label] = int(file[label].attrs.get("known", rows)), mean
     return rows, means
