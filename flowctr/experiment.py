@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import resource
@@ -21,9 +22,9 @@ import flowctr
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from flowctr import config
+from flowctr import config, stages
 from flowctr._fuxictr import fuxictr_origin
-from flowctr.data import H5DataLoader, build_h5, load_feature_map
+from flowctr.data import H5DataLoader, build_h5, load_feature_map, scenario_names
 from flowctr.report import metrics_table
 from flowctr.training import accelerate
 from fuxictr.features import FeatureMap
@@ -92,7 +93,6 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     set_logger(params)
     logging.info("Params: %s", print_to_json(params))
     _check_gpu(params["gpu"])
-    seed_everything(params["seed"])
 
     files = build_h5(params)
     feature_map = load_feature_map(params)
@@ -104,13 +104,15 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     # The test data too come before the training: what is wrong with them must not cost it.
     train_data, valid_data = load("train"), load("valid")
     test_data = valid_data if files["test"] == files["valid"] else load("test")
-    model = accelerate(config.model_class(params["model"], src))(feature_map, **params)
-    logging.info("Parameters: %s", _count_parameters(model))
-    model.fit(train_data, validation_data=valid_data, **params)
+    model, earlier_stages = _train(
+        config.model_class(params["model"], src), feature_map, params, train_data, valid_data
+    )
 
     metrics = {}
-    if valid_data:  # what the best evaluation measured is not measured again
+    if model.restored:  # what the best evaluation measured is not measured again
         metrics["valid"] = {name: value for name, value in model.restored.items() if name not in ("step", "epoch")}
+    elif valid_data:
+        metrics["valid"] = model.evaluate(valid_data)
     if test_data and test_data is valid_data:
         metrics["test"] = metrics["valid"]
     elif test_data:
@@ -130,11 +132,13 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
         "metrics": metrics,
         "ne_base": "train",
         "curves": model.history,
+        "stages": earlier_stages,
         "parameters": _count_parameters(model),
         "speed": {f"{work}_rows_per_second": rate for work, rate in model.rows_per_second().items()},
         "wall_seconds": time.perf_counter() - clock,
         "peak_memory_bytes": _peak_memory(model.device),
         "data": {"manifest": _manifest_digest(feature_map)},
+        "kept_flows": _kept_flows(model, valid_data),
         **_environment(model.device),
     }
     console = Console()
@@ -145,10 +149,46 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     with _checkpoint_kept(path, model.checkpoint):
         _write(path, lambda file: file.write(_to_json(result).encode()))
     with _checkpoint_kept(lines, model.checkpoint):
-        _append_line(lines, result, started)
+        _append_line(lines, result)
     console.print(f"result: {path}", soft_wrap=True)
     console.print(f"report: flowctr report {shlex.quote(str(path))} --out report", soft_wrap=True)
     return path
+
+
+def _train(
+    model_class: type[BaseModel],
+    feature_map: FeatureMap,
+    params: dict[str, Any],
+    train_data: H5DataLoader,
+    valid_data: H5DataLoader | None,
+) -> tuple[BaseModel, dict[str, Any]]:
+    """Trains a model, stage by stage if it has stages (see `flowctr.stages`).
+
+    Returns:
+        The model of the last stage, and the records of the stages before it.
+    """
+    model_class = accelerate(model_class)
+
+    def fit(parameters: dict[str, Any], validation_data: H5DataLoader | None) -> BaseModel:
+        seed_everything(params["seed"])  # a stage is the same whether the ones before it ran just now or earlier
+        train_data.epoch = 0
+        model = model_class(feature_map, **parameters)
+        logging.info("Parameters: %s", _count_parameters(model))
+        model.fit(train_data, validation_data=validation_data, **parameters)
+        return model
+
+    if not hasattr(model_class, "stages"):
+        return fit(params, valid_data), {}
+    data = _manifest_digest(feature_map)
+    all_stages = model_class.stages(params)
+    *earlier, last = all_stages
+    for name, stage in stages.select(all_stages, params.get("stage", stages.ALL), data).items():
+        logging.info("******** Stage %s ********", name)
+        stages.forget(stage)
+        model = fit(stage, valid_data if name == last else None)
+        if name != last:
+            stages.finish(stage, data, {"curves": model.history})
+    return model, {other: stages.read(all_stages[other]) for other in earlier if other != name}
 
 
 def _check_gpu(gpu: int) -> None:
@@ -242,6 +282,26 @@ def _manifest_digest(feature_map: FeatureMap) -> str | None:
     return json.loads(path.read_text())["digest"] if path.exists() else None
 
 
+def _kept_flows(model: BaseModel, data: H5DataLoader | None) -> dict[str, Any] | None:
+    """Measures the share of rows that keep each flow, by scenario and label, of a model that gates flows."""
+    if data is None or not hasattr(model, "kept_flows"):
+        return None
+    shares = model.kept_flows(data)  # (scenarios, K, flows)
+    labels = model.feature_map.labels
+    names = list(scenario_names(model.feature_map, model.scenario).values())[: len(shares)]
+    for scenario, by_label in zip(names, shares):
+        for label, by_flow in zip(labels, by_label):
+            kept = ", ".join(f"{flow} {share:.3f}" for flow, share in zip(model.FLOWS, by_flow))
+            logging.info("Kept flows, %s=%s, %s: %s", model.scenario, scenario, label, kept)
+    return {
+        "scenario": model.scenario,
+        "scenarios": names,
+        "labels": labels,
+        "flows": model.FLOWS,
+        "kept": shares.tolist(),
+    }
+
+
 def _save_attention(model: BaseModel, data: H5DataLoader | None, path: Path) -> str | None:
     """Saves the model's ``attention_maps`` for the first validation batch, if it offers them and there is room."""
     if data is None or not hasattr(model, "attention_maps"):
@@ -285,12 +345,19 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _append_line(path: Path, result: Mapping[str, Any], time: datetime) -> None:
-    """Appends FuxiCTR's result line; runs that end together wait for each other."""
-    valid, test = (print_to_list(result["metrics"].get(split, {})) for split in ("valid", "test"))
-    line = (
+def result_line(result: Mapping[str, Any]) -> str:
+    """Formats a result, or what its JSON holds, as FuxiCTR's line of a result csv."""
+    time = datetime.fromisoformat(result["started"])
+    metrics = [result["metrics"].get(split, {}) for split in ("valid", "test")]
+    # JSON has no nan
+    valid, test = (print_to_list({k: math.nan if v is None else v for k, v in m.items()}) for m in metrics)
+    return (
         f" {time:%Y%m%d-%H%M%S},[command] {result['command']},[exp_id] {result['expid']},"
-        f"[dataset_id] {result['dataset_id']},[train] N.A.,[val] {valid},[test] {test}\n"
+        f"[dataset_id] {result['dataset_id']},[train] N.A.,[val] {valid},[test] {test}"
     )
+
+
+def _append_line(path: Path, result: Mapping[str, Any]) -> None:
+    """Appends a run's line to its csv; runs that end together wait for each other."""
     with FileLock(path.parent / "results" / f".{path.name}.lock"), open(path, "a", encoding="utf-8") as file:
-        file.write(line)
+        file.write(f"{result_line(result)}\n")

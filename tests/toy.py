@@ -7,7 +7,7 @@ import torch
 from fuxictr.features import FeatureMap
 
 BEHAVIORS = {"watch": ["watch_item", "watch_author"], "like": ["like_item"]}
-MODEL_ARGUMENTS = {"verbose": 0, "model_root": "checkpoints", "metrics": ["AUC"]}
+MODEL_ARGUMENTS = {"verbose": 0, "model_root": "checkpoints", "metrics": ["AUC"], "scenario": "author"}
 VOCABULARY = 30
 WIDE_INITIALIZER = "partial(nn.init.normal_, std=0.3)"  # so that every path carries a signal
 

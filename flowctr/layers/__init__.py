@@ -12,10 +12,11 @@ recent event is the last step whatever side the data set pads on. ``tokens`` alo
 from flowctr.layers.attention import AttentionPooling, MultiHeadAttention, record_attention
 from flowctr.layers.dhen import DHENLayer
 from flowctr.layers.gating import Gating
-from flowctr.layers.heads import TaskHeads
+from flowctr.layers.heads import TaskHeads, named_predictions
 from flowctr.layers.interaction import CrossInteraction, DotInteraction, pairwise_dots
 from flowctr.layers.lce import LinearCompressedEmbedding
 from flowctr.layers.learned import LearnedTokens
+from flowctr.layers.lora import LoRAUnits
 from flowctr.layers.masknet import MaskNet
 from flowctr.layers.masks import masked_mean, right_align
 from flowctr.layers.options import check_options, check_positive
@@ -32,6 +33,7 @@ __all__ = [
     "Gating",
     "LearnedTokens",
     "LinearCompressedEmbedding",
+    "LoRAUnits",
     "MaskNet",
     "MultiHeadAttention",
     "PersonalizedFFN",
@@ -39,6 +41,7 @@ __all__ = [
     "check_options",
     "check_positive",
     "masked_mean",
+    "named_predictions",
     "pairwise_dots",
     "record_attention",
     "right_align",

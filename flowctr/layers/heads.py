@@ -7,9 +7,28 @@ from fuxictr.pytorch.layers import MLP_Block
 from torch import Tensor, nn
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    """Widens half-precision logits: scores rounded to 8 bits would tie rows that AUC and gAUC should tell apart."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def named_predictions(
+    labels: Sequence[str], activations: Iterable[nn.Module], logits: Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """Activates one logit ``(B, 1)`` per label and names it as FuxiCTR does.
+
+    Args:
+        labels: Label names.
+        activations: Output activations, one per label.
+        logits: Logits, one per label. Half-precision ones are widened: scores rounded to 8 bits would tie rows that AUC
+            and gAUC should tell apart.
+
+    Returns:
+        ``{"<label>_pred": (B, 1)}`` for every label; with a single label the same tensor is also ``"y_pred"``, so that
+        single-task code of FuxiCTR finds it.
+    """
+    predictions = {
+        f"{label}_pred": activation(logit.to(torch.promote_types(logit.dtype, torch.float32)))
+        for label, activation, logit in zip(labels, activations, logits)
+    }
+    if len(labels) == 1:
+        predictions["y_pred"] = predictions[f"{labels[0]}_pred"]
+    return predictions
 
 
 class TaskHeads(nn.Module):
@@ -57,14 +76,8 @@ class TaskHeads(nn.Module):
             x: One representation for all tasks, ``(B, input_dim)``, or one for each, ``(B, K, input_dim)``.
 
         Returns:
-            ``{"<label>_pred": (B, 1)}`` for every label; with a single label the same tensor is also ``"y_pred"``, so
-            that single-task code of FuxiCTR finds it.
+            See `named_predictions`.
         """
         inputs = x.unbind(dim=1) if x.dim() == 3 else [x] * len(self.labels)
-        predictions = {
-            f"{label}_pred": activation(_at_least_float32(tower(task_input)))
-            for label, tower, activation, task_input in zip(self.labels, self.towers, self.activations, inputs)
-        }
-        if len(self.labels) == 1:
-            predictions["y_pred"] = predictions[f"{self.labels[0]}_pred"]
-        return predictions
+        logits = [tower(task_input) for tower, task_input in zip(self.towers, inputs)]
+        return named_predictions(self.labels, self.activations, logits)

@@ -1,0 +1,3 @@
+from .AutoIFS import AutoIFS
+
+__all__ = ["AutoIFS"]
