@@ -6,14 +6,17 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.flowctr-installed
 
 WINDOW := kuairand_pure_window
+DEMO := InterFormer INFNet AutoIFS
 
 .PHONY: demo test lint
 
-demo: $(INSTALLED) ## Train InterFormer on the embedded data, print its metrics and write a report
+demo: $(INSTALLED) ## Train three models on the embedded data, print their metrics and compare them in a report
 	$(BIN)/flowctr prepare $(WINDOW) --raw data/$(WINDOW) --out data/prepared/$(WINDOW)
-	$(BIN)/python model_zoo/InterFormer/run_expid.py --expid InterFormer_demo \
-		--gpu $$($(BIN)/python -c "import torch; print(torch.cuda.is_available() - 1)")
-	$(BIN)/flowctr report model_zoo/InterFormer/results --out report
+	gpu=$$($(BIN)/python -c "import torch; print(torch.cuda.is_available() - 1)"); \
+	for model in $(DEMO); do \
+		$(BIN)/python model_zoo/$$model/run_expid.py --expid $${model}_demo --gpu $$gpu || exit; \
+	done
+	$(BIN)/flowctr report $(DEMO:%=model_zoo/%/results/*_demo-*.json) --out report
 
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest

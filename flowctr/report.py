@@ -147,6 +147,7 @@ def write_report(result_files: Sequence[Path], out: Path) -> Path:
             datasets=[_dataset_section(dataset_id, members) for dataset_id, members in by_dataset.items()],
             runs=[_run_section(run) for run in runs],
             metrics=METRICS,
+            splits=SPLITS,
             run_colors=RUN_COLORS,
         )
     out = Path(out)
@@ -189,7 +190,6 @@ def _dataset_section(dataset_id: str, runs: list[Run]) -> dict:
     return {
         "id": dataset_id,
         "runs": runs,
-        "splits": SPLITS,
         "tables": tables,
         "ne_bases": _unique(_shown(result.get("ne_base")) for result in results),
         "curves": _curves(runs),
@@ -229,22 +229,41 @@ def _run_section(run: Run) -> dict:
         "run": run,
         "facts": {name: _shown(value) for name, value in facts.items()},
         "config": {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in config.items()},
+        "scenarios": _scenario_table(result),
+        "kept_flows": _mask_picture(result.get("kept_flows")),
+        "stages": [(name, _stage_curve(run, name, record)) for name, record in (result.get("stages") or {}).items()],
         "heatmaps": _heatmaps(run),
     }
 
 
+def _scenario_table(result: dict) -> list[tuple[str, list[float | None]]]:
+    """Lists the metrics of every label within every scenario, for validation and test; none without scenarios."""
+    values = [scenario for scenario in _scenarios(result) if "=" in scenario]
+    targets = [f"{label}@{value}" for label in result["labels"] for value in values]
+    return [(t, [_metric(result, split, t, metric) for split in SPLITS for metric in METRICS]) for t in targets]
+
+
 def _targets(results: Iterable[dict]) -> list[str]:
-    """Returns what metrics are given for: every label, and the mean where a run has several."""
+    """Returns what metrics are given for: every label, their mean where a run has several, and both over scenarios."""
     results = list(results)
     labels = _unique(label for result in results for label in result["labels"])
-    return labels + [MEAN] * any(len(result["labels"]) > 1 for result in results)
+    targets = labels + [MEAN] * any(len(result["labels"]) > 1 for result in results)
+    scenarios = _unique(suffix for result in results for suffix in _scenarios(result) if "=" not in suffix)
+    return targets + [f"{target}@{scenario}" for scenario in scenarios for target in targets]
+
+
+def _scenarios(result: dict) -> list[str]:
+    """Returns what follows the "@" of metrics: a scenario column (the mean over it) and ``<column>=<value>``."""
+    names = (name for split in SPLITS for name in result["metrics"].get(split) or {})
+    return _unique(name.partition("@")[2] for name in names if "@" in name)
 
 
 def _metric_name(result: dict, target: str, metric: str) -> str | None:
     """Names a metric as FuxiCTR does: ``<label>_AUC`` of several labels, plain ``AUC`` of one label and of the mean."""
+    label, at, scenario = target.partition("@")
     if len(result["labels"]) > 1:
-        return metric if target == MEAN else f"{target}_{metric}"
-    return metric if target in result["labels"] else None
+        return f"{metric if label == MEAN else f'{label}_{metric}'}{at}{scenario}"
+    return f"{metric}{at}{scenario}" if label in result["labels"] else None
 
 
 def _metric(result: dict, split: str, target: str, metric: str) -> float | None:
@@ -275,7 +294,8 @@ def _gibibytes(count: int | None) -> str | None:
 def _curves(runs: list[Run]) -> list[Markup]:
     """Draws one panel for the training loss and one per validation metric, the runs overlaid."""
     panels = [_curve_panel("training loss", [(run, _curve(run, "train", "loss")) for run in runs])]
-    for target in _targets(run.result for run in runs):
+    targets = _targets(run.result for run in runs)
+    for target in [target for target in targets if "@" not in target or target.startswith(MEAN)]:
         for metric in METRICS:
             lines = [(run, _curve(run, "valid", _metric_name(run.result, target, metric))) for run in runs]
             panels.append(_curve_panel(f"validation {metric}, {target}", lines))
@@ -321,6 +341,32 @@ def _heatmaps(run: Run) -> list[tuple[str, Markup]]:
     except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{run.attention} is not a file of attention maps: {error}") from error
     return [(key, _heatmap(key, *values)) for key, values in maps.items()]
+
+
+def _stage_curve(run: Run, name: str, record: dict) -> Markup | None:
+    """Draws the training loss of a stage before the one that gave the result."""
+    stage = Run(run.number, run.path, {"curves": record.get("curves")})
+    return _curve_panel(f"training loss, {name}", [(run, _curve(stage, "train", "loss"))])
+
+
+def _mask_picture(kept: dict | None) -> Markup | None:
+    """Draws the share of rows that keep each flow, one panel per label, scenarios by flows."""
+    if kept is None:
+        return None
+    shares = np.array(kept["kept"], dtype=float)  # (scenarios, labels, flows); nan for a scenario without rows
+    figure = Figure(figsize=(1.2 + 2.0 * len(kept["labels"]), 1.5 + 0.22 * len(shares)), layout="constrained")
+    panels = figure.subplots(1, len(kept["labels"]), sharey=True, squeeze=False)[0]
+    for number, (axes, label) in enumerate(zip(panels, kept["labels"])):
+        image = axes.imshow(shares[:, number], aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="none")
+        axes.set_title(_shortened(label), fontsize=8)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks(range(len(kept["flows"])), kept["flows"], rotation=90)
+        axes.set_yticks(*_ticks([f"{kept['scenario']}={value}" for value in kept["scenarios"]]))
+        for (row, column), share in np.ndenumerate(shares[:, number]):
+            ink = "#ffffff" if not share > 0.6 else "#000000"  # readable on both ends of viridis
+            axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color=ink)
+    figure.colorbar(image, ax=list(panels), label="kept", pad=0.02, aspect=15).outline.set_visible(False)
+    return _svg(figure, "share of rows that keep each flow, by scenario and label")
 
 
 def _heatmap(name: str, weights: np.ndarray, row_names: list[str], column_names: list[str]) -> Markup:
