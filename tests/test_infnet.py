@@ -2,12 +2,16 @@
 
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from flowctr import config
 from flowctr.models.INFNet import INFNet
 from toy import BEHAVIORS, MODEL_ARGUMENTS, WIDE_INITIALIZER, toy_batch, toy_feature_map
 
+CONFIG = Path(__file__).parent.parent / "model_zoo/INFNet/config"
 LABELS = ("click", "like", "long_view")
 SMALL = {
     "embedding_dim": 8,
@@ -79,21 +83,74 @@ def test_padding_side_and_length_do_not_matter(variant):
         torch.testing.assert_close(predict(model, batch), reference, atol=1e-5, rtol=0)
 
 
-def permuted_events(batch):
-    """Reverses the real events of every watch history."""
-    out = {name: values.clone() for name, values in batch.items()}
-    for row in range(len(batch["item"])):
-        length = int((batch["watch_item"][row] != 0).sum())
-        for column in BEHAVIORS["watch"]:
-            out[column][row, :length] = batch[column][row, :length].flip(0)
+def long_batch(max_len, lengths):
+    """The toy batch with histories of the given ``lengths`` per row, at the front of ``max_len`` steps."""
+    batch = toy_batch(toy_feature_map(LABELS, max_len), rows=len(lengths))
+    generator = torch.Generator().manual_seed(1)
+    real = torch.arange(max_len) < torch.tensor(lengths)[:, None]
+    for column in (column for columns in BEHAVIORS.values() for column in columns):
+        batch[column] = torch.randint(1, 30, (len(lengths), max_len), generator=generator) * real
+    return batch
+
+
+def rearranged(batch, order):
+    """Puts the steps of every history into the order that ``order(row, length)`` gives, the same for all columns."""
+    out = dict(batch)
+    for columns in BEHAVIORS.values():
+        lengths = (batch[columns[0]] != 0).sum(dim=1).tolist()
+        steps = torch.stack([order(row, length) for row, length in enumerate(lengths)])
+        out.update((column, batch[column].gather(1, steps)) for column in columns)
     return out
 
 
-def test_v1_ignores_the_order_of_events_and_v2_does_not():
-    batch = toy_batch(toy_feature_map(LABELS))
-    v1, v2 = build(version="v1"), build(version="v2")
-    torch.testing.assert_close(predict(v1, permuted_events(batch)), predict(v1, batch), atol=1e-5, rtol=0)
-    assert (predict(v2, permuted_events(batch)) - predict(v2, batch)).abs().max() > 1e-4
+@pytest.mark.parametrize("variant", VARIANTS, ids=NAMES)
+def test_padding_to_50_and_to_200_is_the_same(variant):
+    """Histories fill the 50 steps of one model's data; the other 150 are the padding of the other's."""
+    lengths = [0, 1, 23, 49, 50, 50]
+    short, long = long_batch(50, lengths), long_batch(50, lengths)
+    for column in (column for columns in BEHAVIORS.values() for column in columns):
+        long[column] = torch.nn.functional.pad(short[column], (0, 150))
+    model, longer = build(max_len=50, **variant), build(max_len=200, **variant)
+    weights = model.state_dict()
+    if "event_tokens.positions.weight" in weights:  # the most recent event is the last position
+        padding = torch.randn(150, SMALL["embedding_dim"])
+        weights["event_tokens.positions.weight"] = torch.cat([padding, weights["event_tokens.positions.weight"]])
+    longer.load_state_dict(weights)
+    torch.testing.assert_close(predict(longer, long), predict(model, short), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=NAMES)
+def test_where_the_padding_stands_and_what_is_in_it_do_not_matter(variant):
+    batch, generator = long_batch(200, [0, 1, 7, 60, 199, 200]), torch.Generator().manual_seed(2)
+
+    def scattered(row, length):  # the events in their order, anywhere among the padding
+        places = torch.randperm(200, generator=generator)[:length].sort().values
+        steps = torch.full((200,), min(length, 199))  # the first padded step, if there is any
+        return steps.scatter(0, places, torch.arange(length))
+
+    model = build(max_len=200, **variant)
+    reference = predict(model, batch)
+    torch.testing.assert_close(predict(model, rearranged(batch, scattered)), reference, atol=1e-5, rtol=0)
+
+    def with_noise(module, inputs, out):
+        _, _, masks = model.tokens(batch)
+        return {name: torch.where(masks[name].unsqueeze(-1), s, torch.randn_like(s)) for name, s in out.items()}
+
+    model.event_tokens.register_forward_hook(with_noise)
+    torch.testing.assert_close(predict(model, batch), reference, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("max_len", [50, 200])
+def test_v1_ignores_the_order_of_events_inside_a_behavior_and_v2_does_not(max_len):
+    batch, generator = long_batch(max_len, [0, 1, 2, 30, max_len]), torch.Generator().manual_seed(2)
+
+    def shuffled(row, length):
+        return torch.cat([torch.randperm(length, generator=generator), torch.arange(length, max_len)])
+
+    permuted = rearranged(batch, shuffled)
+    v1, v2 = build(version="v1", max_len=max_len), build(version="v2", max_len=max_len)
+    torch.testing.assert_close(predict(v1, permuted), predict(v1, batch), atol=1e-5, rtol=0)
+    assert (predict(v2, permuted) - predict(v2, batch)).abs().max() > 1e-4
 
 
 def dense(module, x):
@@ -169,38 +226,71 @@ def v1_reference(model, batch, row):
     return tokens["tasks"]
 
 
+def v2_first_hubs(model, fields, events):
+    if hasattr(model.initial_hubs["fields"], "mlp"):
+        hubs = list(mlp(model.initial_hubs["fields"].mlp, torch.cat(fields)).split(8))
+        of_behaviors = [
+            sum((mlp(phi, step) for step in steps), torch.zeros(8)) / (len(steps) or 1)
+            for phi, steps in zip(model.initial_hubs["sequence"].typed, events.values())
+        ]
+        return {"fields": hubs, "sequence": of_behaviors}
+    learned = {group: list(model.initial_hubs[group].learned.weight) for group in ("fields", "sequence")}
+    if model.initial_hubs["fields"].kind == "random":
+        return learned
+    means = [sum(steps, torch.zeros(8)) / (len(steps) or 1) for steps in events.values()]
+    return {
+        "fields": [hub + sum(fields) / len(fields) for hub in learned["fields"]],
+        "sequence": add(learned["sequence"], means),
+    }
+
+
+def v2_views(aggregation, queries, tokens):
+    """What the fusion of each query gets: three views concatenated or summed, or one view of all tokens."""
+    if "all" in aggregation.views:
+        return attend(aggregation.views["all"], queries, [token for group in tokens.values() for token in group])
+    views = zip(*(attend(aggregation.views[source], queries, tokens[source]) for source in tokens))
+    return [torch.cat(z) if aggregation.concatenates else sum(z) for z in views]
+
+
 def v2_reference(model, batch, row):
     c, events, t = groups_of(model, batch, row)
     tokens = {"tasks": t, "fields": c, "sequence": events["watch"] + events["like"]}
-    hubs = {"tasks": t + list(model.initial_hubs["tasks"].shared.weight)}
-    if len(model.blocks) > 1:  # a single block reads no other hubs
-        hubs["fields"] = list(mlp(model.initial_hubs["fields"].mlp, torch.cat(c)).split(8))
-        typed = model.initial_hubs["sequence"].typed
-        sums = {
-            name: sum((mlp(phi, e) for e in steps), torch.zeros(8)) for phi, (name, steps) in zip(typed, events.items())
-        }
-        hubs["sequence"] = [total / (len(events[name]) or 1) for name, total in sums.items()]
+    shared = model.initial_hubs["tasks"].shared
+    hubs = {"tasks": t + ([] if shared is None else list(shared.weight))}
+    if "fields" in model.initial_hubs:  # a single block reads no other hubs
+        hubs.update(v2_first_hubs(model, c, events))
     for block in model.blocks:
         aggregation, refined = block.aggregation, {}
         for group, query in aggregation.queries.items():
             queries = [dense(query, hub) for hub in hubs[group]]
-            views = [attend(aggregation.views[source], queries, tokens[source]) for source in tokens]
-            update = [dense(aggregation.fuse[group], torch.cat(z)) for z in zip(*views)]
+            update = [dense(aggregation.fuse[group], z) for z in v2_views(aggregation, queries, tokens)]
             refined[group] = [layer_norm(aggregation.norms[group], x) for x in add(hubs[group], update)]
         hubs = refined
         for group, unit in block.broadcast.units.items():
             alpha, beta = mlp(unit.mlp, torch.cat(hubs[group])).split(8)
             norm = block.broadcast.norms[group]
             tokens[group] = [layer_norm(norm, x + x * torch.sigmoid(alpha) + beta) for x in tokens[group]]
-    return tokens["tasks"]
+    return hubs["tasks"][: len(t)] if model.head_input == "hub" else tokens["tasks"]
 
 
-@pytest.mark.parametrize(("version", "reference"), [("v1", v1_reference), ("v2", v2_reference)])
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        ({"version": "v1"}, v1_reference),
+        ({"version": "v2"}, v2_reference),
+        ({"version": "v2", "hub_init": "random"}, v2_reference),
+        ({"version": "v2", "hub_init": "mean"}, v2_reference),
+        ({"version": "v2", "aggregation": "views_sum"}, v2_reference),
+        ({"version": "v2", "aggregation": "union"}, v2_reference),
+        ({"version": "v2", "broadcast": "none", "head_input": "hub"}, v2_reference),
+    ],
+    ids=lambda value: ", ".join(value.values()) if isinstance(value, dict) else "",
+)
 @pytest.mark.parametrize("num_blocks", [1, 3])
-def test_forward_equals_a_loop_over_the_equations(version, reference, num_blocks):
+def test_forward_equals_a_loop_over_the_equations(options, reference, num_blocks):
     torch.set_default_dtype(torch.float64)
     try:
-        model, batch = build(version=version, num_blocks=num_blocks), toy_batch(toy_feature_map(LABELS))
+        model, batch = build(num_blocks=num_blocks, **options), toy_batch(toy_feature_map(LABELS))
         out = predict(model, batch)
         with torch.no_grad():
             for row in (0, 1, 4):
@@ -249,6 +339,64 @@ def test_without_a_residual_the_equations_are_literal():
         t_hat = sum(flows[g](tokens["tasks"], tokens[g], masks[g]) for g in ("fields", "sequence"))
         gate = model.blocks[0].broadcast.units["tasks"].mlp(hubs["tasks"].flatten(1)).sigmoid()
         torch.testing.assert_close(after["tasks"], t_hat * gate.unsqueeze(1))
+
+
+def test_without_hubs_a_block_is_torchs_transformer_layer():
+    model, batch = build(aggregation="all_to_all", num_heads=2), toy_batch(toy_feature_map(LABELS))
+    seen = []
+    model.blocks[0].register_forward_hook(lambda _, inputs, out: seen.append((inputs, out[0])))
+    predict(model, batch)
+    (tokens, _, masks), after = seen[0]
+    layer = model.blocks[0].aggregation
+    attention = layer.views["all"]
+    reference = torch.nn.TransformerEncoderLayer(8, 2, dim_feedforward=32, dropout=0.0, batch_first=True)
+    projections = torch.cat([attention.query.weight, attention.key.weight, attention.value.weight])
+    biases = torch.cat([attention.query.bias, torch.zeros(8), attention.value.bias])
+    parts = {"self_attn.out_proj": attention.out, "linear1": layer.ffn[0], "linear2": layer.ffn[2]}
+    parts.update({"norm1": layer.norm_attention, "norm2": layer.norm_ffn})
+    weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    reference.load_state_dict({**weights, "self_attn.in_proj_weight": projections, "self_attn.in_proj_bias": biases})
+    x = torch.cat(list(tokens.values()), dim=1)
+    real = [
+        torch.ones(group.shape[:2], dtype=torch.bool) if masks[g] is None else masks[g] for g, group in tokens.items()
+    ]
+    with torch.no_grad():  # in training mode: the inference path leaves padded tokens out
+        expected = reference(x, src_key_padding_mask=~torch.cat(real, dim=1))
+    torch.testing.assert_close(torch.cat(list(after.values()), dim=1), expected, atol=1e-5, rtol=0)
+
+
+def test_without_aggregation_the_head_reads_the_task_token_and_the_first_hubs():
+    model, batch = build(aggregation="none"), toy_batch(toy_feature_map(LABELS))
+    out, first = predict(model, batch), model.initial_hubs
+    with torch.no_grad():
+        for row in (0, 1, 4):
+            fields, events, tasks = groups_of(model, batch, row)
+            hubs = v2_first_hubs(model, fields, events)
+            assert set(first) == set(hubs)
+            pooled = torch.cat(hubs["fields"] + hubs["sequence"])
+            expected = [torch.sigmoid(mlp(h.mlp, torch.cat([t, pooled]))) for h, t in zip(model.heads.towers, tasks)]
+            torch.testing.assert_close(out[row], torch.cat(expected), atol=1e-5, rtol=0)
+
+
+EXPERIMENTS = [expid for expid in yaml.safe_load((CONFIG / "model_config.yaml").read_text()) if expid != "Base"]
+ABLATED = {f"INFNet_{version}_kuairand_pure_window": version for version in ("v1", "v2")}
+ABLATIONS = [(base, expid) for base in ABLATED for expid in EXPERIMENTS if expid.startswith(f"{base}_")]
+
+
+def test_every_ablation_of_the_papers_is_there():
+    assert len([base for base, _ in ABLATIONS if ABLATED[base] == "v1"]) == 3
+    assert len([base for base, _ in ABLATIONS if ABLATED[base] == "v2"]) == 8
+
+
+@pytest.mark.parametrize(("base", "expid"), ABLATIONS, ids=[expid for _, expid in ABLATIONS])
+def test_an_ablation_changes_the_architecture_and_nothing_else(base, expid):
+    whole, ablated = config.load(CONFIG, base), config.load(CONFIG, expid)
+    changes = {key: value for key, value in ablated.items() if whole.get(key) != value and key != "model_id"}
+    assert {**whole, **changes, "model_id": expid} == ablated
+    assert changes.keys() <= {"aggregation", "broadcast", "head_input", "hub_init", "task_blind"}
+    batch, version = toy_batch(toy_feature_map(LABELS)), ABLATED[base]
+    predictions = [predict(build(version=version, **options), batch) for options in ({}, changes)]
+    assert (predictions[0] - predictions[1]).abs().max() > 1e-3
 
 
 CHANGES = {
@@ -314,6 +462,16 @@ def test_no_argument_is_left_untested():
         ({"version": "v3"}, "version must be one of v1, v2; got 'v3'"),
         ({"num_field_hubs": 0}, "num_field_hubs must be a whole number of at least 1; got 0"),
         ({"num_task_hubs": 0}, "num_task_hubs must be a whole number of at least 1; got 0"),
+        ({"hubs_per_behavior": 0}, "hubs_per_behavior must be a whole number of at least 1; got 0"),
+        ({"num_blocks": 0}, "num_blocks must be a whole number of at least 1; got 0"),
+        ({"bgu_expansion": -1}, "bgu_expansion must be a whole number of at least 1; got -1"),
+        (
+            {"aggregation": "hubs"},
+            "aggregation must be one of cross, views, views_sum, union, all_to_all, none; got 'hubs'",
+        ),
+        ({"broadcast": "film"}, "broadcast must be one of pgu, bgu, none; got 'film'"),
+        ({"hub_init": "zero"}, "hub_init must be one of mlp, mean, random; got 'zero'"),
+        ({"num_heads": 3}, "num_heads must divide dim; got num_heads=3, dim=8"),
         ({"broadcast": "none"}, "set head_input='hub'"),
         ({"version": "v1", "head_input": "hub"}, "head_input='hub' needs v2's task hubs"),
         ({"gate_hubs": "previous"}, "gate_hubs='previous' is v1's formula"),
@@ -327,9 +485,21 @@ def test_wrong_options_are_named(options, message):
     assert message in str(error.value)
 
 
-def test_more_hubs_than_tokens_is_a_warning():
-    with pytest.warns(UserWarning, match="num_field_hubs=9 exceeds the 4 field tokens"):
-        build(num_field_hubs=9)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_field_hubs": 9}, "num_field_hubs=9 exceeds the 4 field tokens; set it to at most 4"),
+        ({"hubs_per_behavior": 9}, "hubs_per_behavior=9 exceeds the 8 events; set it to at most 8"),
+    ],
+)
+def test_more_hubs_than_tokens_is_a_warning(options, message):
+    with pytest.warns(UserWarning, match=message):
+        build(**options)
+
+
+def test_as_many_hubs_as_tokens_and_more_task_hubs_than_tasks_are_fine(recwarn):
+    build(num_field_hubs=4, hubs_per_behavior=8, num_task_hubs=4)
+    assert not recwarn.list
 
 
 def feature_map_with(fields, behaviors, labels=LABELS, max_len=8):

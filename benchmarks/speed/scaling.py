@@ -2,6 +2,10 @@
 
 Compares INFNet (hubs), InterFormer and INFNet's all-to-all ablation, a transformer over all tokens, at one width and
 depth. Prints a table with the fitted exponents and writes scaling.json and scaling.png to results/.
+
+With ``--pairs N`` it measures one number instead, how long INFNet's step takes next to the all-to-all transformer's on
+the input of ``PAIR``: the two take turns in one process, so that what else the machine does hits both. Writes
+pairs_cpu.json or pairs_cuda.json.
 """
 
 import argparse
@@ -19,6 +23,8 @@ LENGTHS = (50, 100, 200, 400, 800, 1600, 3200)
 FIELDS = (10, 25, 50, 100, 200, 400)
 VOCABULARY = 1000
 MEMORY_LIMIT = 12 * 2**30  # a point that needs more is reported as an error instead of filling the machine
+PAIR = {"fields": 89, "behaviors": 4, "length": 50, "labels": 3}  # three tasks, four histories of 50 events
+GPU_WARM_UP = 5  # untimed steps before the pairs; a captured step is captured in its fourth
 MODELS = {
     "INFNet v2": ("INFNet", {"version": "v2", "num_blocks": 3, "num_field_hubs": 16}),
     "InterFormer": ("InterFormer", {"num_layers": 3, "num_heads": 1}),
@@ -28,13 +34,18 @@ MODELS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, help="default 64, for pairs 4096")
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--steps", type=int, default=3, help="timed steps; the median counts")
     parser.add_argument("--gpu", type=int, default=-1)
     parser.add_argument("--max-tokens", type=int, default=3200, help="leave out longer sequences and more fields")
+    parser.add_argument("--pairs", type=int, help="time this many pairs of INFNet v2 and all-to-all steps instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a single point, run in a process of its own
     options = parser.parse_args()
+    options.batch_size = options.batch_size or (4096 if options.pairs else 64)
+    if options.pairs:
+        compare_pairs(options)
+        return
     if options.one:
         print(json.dumps(measure(*json.loads(options.one), options)))
         return
@@ -54,29 +65,14 @@ def measure(model: str, axis: str, size: int, options) -> dict[str, float]:
     """Times training steps of one model on random data, with its peak memory."""
     import resource
 
-    import flowctr  # noqa: F401  before fuxictr
     import torch
-    from flowctr import models  # noqa: F401
-    from flowctr.training import accelerate
 
-    class_name, arguments = MODELS[model]
     fields, length = (20, size) if axis == "sequence length" else (size, 50)
     if options.gpu < 0:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     feature_map = make_feature_map(fields, length)
-    module = __import__(f"flowctr.models.{class_name}", fromlist=[class_name])
-    torch.manual_seed(0)
-    built = accelerate(getattr(module, class_name))(
-        feature_map, embedding_dim=options.dim, gpu=options.gpu, verbose=0, model_root="", metrics=["AUC"], **arguments
-    )
-    built._max_gradient_norm = 10.0
-    built.train()
-    ids = {name: torch.randint(1, VOCABULARY, (options.batch_size,)) for name in feature_map.features}
-    for name, spec in feature_map.features.items():
-        if spec["type"] == "sequence":
-            ids[name] = torch.randint(1, VOCABULARY, (options.batch_size, length))
-    batch = {**ids, "label": torch.randint(0, 2, (options.batch_size,)).float()}
-    batch = {name: values.to(built.device) for name, values in batch.items()}
+    built = build(model, feature_map, options)
+    batch = make_batch(feature_map, options.batch_size, built.device)
     on_gpu = built.device.type == "cuda"
     seconds = []
     for step in range(options.steps + 1):
@@ -91,17 +87,101 @@ def measure(model: str, axis: str, size: int, options) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "peak_bytes": peak}
 
 
-def make_feature_map(fields: int, length: int):
-    """Describes random data: categorical fields and one history that shares the first field's table."""
+def compare_pairs(options) -> None:
+    """Times INFNet v2 and all-to-all in turns and writes the ratio of each pair; on a GPU as captured steps too."""
+    import torch
+
+    on_gpu = options.gpu >= 0
+    models = ("INFNet v2", "all-to-all")
+    feature_map = make_feature_map(**PAIR)
+    runs = []
+    for mode in ("eager", "CUDA graph") if on_gpu else ("eager",):
+        steps = [training_step(model, feature_map, mode, options) for model in models]
+        for _ in range(GPU_WARM_UP if on_gpu else 1):
+            for step in steps:
+                step()
+        pairs = []
+        for _ in range(options.pairs):
+            pairs.append([step() for step in steps])
+            print(f"{mode}: {pairs[-1][0]:.4f} s and {pairs[-1][1]:.4f} s", flush=True)
+        seconds = {model: statistics.median(column) for model, column in zip(models, zip(*pairs))}
+        ratio = statistics.median(hubs / all_to_all for hubs, all_to_all in pairs)
+        runs.append({"mode": mode, "ratio": ratio, "seconds": seconds, "pairs": pairs})
+        print(f"{mode}: median ratio {ratio:.3f}")
+    environment = {
+        "device": torch.cuda.get_device_name(options.gpu) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "batch_size": options.batch_size,
+        "dim": options.dim,
+        "blocks": MODELS["INFNet v2"][1]["num_blocks"],
+        **PAIR,
+    }
+    path = HERE / "results" / f"pairs_{'cuda' if on_gpu else 'cpu'}.json"
+    path.write_text(json.dumps({"environment": environment, "runs": runs}, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+def training_step(model: str, feature_map, mode: str, options):
+    """Builds a model and random data; returns a function that trains one step and says how many seconds it took."""
+    import torch
+    from flowctr.training import GraphedStep
+
+    built = build(model, feature_map, options)
+    batch = make_batch(feature_map, options.batch_size, built.device)
+    train = built.train_step if mode == "eager" else GraphedStep(built)
+
+    def step() -> float:
+        started = time.perf_counter()
+        train(batch)
+        if options.gpu >= 0:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return step
+
+
+def build(model: str, feature_map, options):
+    """Builds one of ``MODELS``, ready to train."""
+    import flowctr  # noqa: F401  before fuxictr
+    import torch
+    from flowctr import models  # noqa: F401
+    from flowctr.training import accelerate
+
+    class_name, arguments = MODELS[model]
+    module = __import__(f"flowctr.models.{class_name}", fromlist=[class_name])
+    torch.manual_seed(0)
+    built = accelerate(getattr(module, class_name))(
+        feature_map, embedding_dim=options.dim, gpu=options.gpu, verbose=0, model_root="", metrics=["AUC"], **arguments
+    )
+    built._max_gradient_norm = 10.0
+    built.train()
+    return built
+
+
+def make_feature_map(fields: int, length: int, behaviors: int = 1, labels: int = 1):
+    """Describes random data: categorical fields and histories that share the first field's table."""
+    import flowctr  # noqa: F401  before fuxictr
     from fuxictr.features import FeatureMap
 
     feature_map = FeatureMap("random", "random")
     spec = {"type": "categorical", "source": "", "vocab_size": VOCABULARY, "padding_idx": 0}
     feature_map.features = OrderedDict((f"field_{i}", dict(spec)) for i in range(fields))
     history = {**spec, "type": "sequence", "max_len": length, "share_embedding": "field_0"}
-    feature_map.features["history"] = history
-    feature_map.labels = ["label"]
+    feature_map.features.update((f"history_{i}", dict(history)) for i in range(behaviors))
+    feature_map.labels = [f"label_{i}" for i in range(labels)]
     return feature_map
+
+
+def make_batch(feature_map, batch_size: int, device) -> dict:
+    """Draws random ids, histories of full length, and labels."""
+    import torch
+
+    batch = {}
+    for name, spec in feature_map.features.items():
+        steps = [spec["max_len"]] if spec["type"] == "sequence" else []
+        batch[name] = torch.randint(1, VOCABULARY, (batch_size, *steps))
+    batch.update((label, torch.randint(0, 2, (batch_size,)).float()) for label in feature_map.labels)
+    return {name: values.to(device) for name, values in batch.items()}
 
 
 def exponent(points: list[dict]) -> float:

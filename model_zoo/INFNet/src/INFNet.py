@@ -1,7 +1,8 @@
 """INFNet: a task-aware information flow network for large-scale recommendation, versions 1 and 2 (2025, 2026).
 
 https://arxiv.org/abs/2508.11565v1 (proxies and gated units) and https://arxiv.org/abs/2508.11565v2 (hub tokens,
-aggregate and broadcast). ``version`` picks the preset; every option below can also be set by itself.
+aggregate and broadcast). ``version`` picks the preset; every option below can also be set by itself. Tokens and first
+hubs are in hubs.py, CA, aggregation, PGU and BGU in blocks.py; README.md lists the papers' equations with their code.
 
 Differs from the papers:
   * Both stages of v1 have a residual and a LayerNorm, as in v2; ``residual: false`` is v1's literal equations.
@@ -27,7 +28,7 @@ from flowctr.layers import (
 from fuxictr.pytorch.models import MultiTaskModel
 from torch import nn
 
-from .blocks import Block, Broadcast, build_aggregation
+from .blocks import Block, Broadcast, build_aggregation, plan_blocks
 from .hubs import EventTokens, FieldHubs, SequenceHubs, TaskHubs
 
 PRESETS = {
@@ -163,6 +164,8 @@ class INFNet(MultiTaskModel):
             hubs_per_behavior=hubs_per_behavior,
             hub_hidden_units=hub_hidden_units,
         )
+        if bgu_expansion != 0:  # 0: one linear map
+            check_positive(bgu_expansion=bgu_expansion)
         _check_heads_are_fed(use.aggregation, use.broadcast, gate_hubs, head_input, task_blind)
         self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
         self.task_blind, self.head_input, self.late_fusion = task_blind, head_input, use.aggregation == "none"
@@ -181,8 +184,9 @@ class INFNet(MultiTaskModel):
             "fields": use.num_field_hubs,
             "sequence": hubs_per_behavior * len(self.tokens.behaviors),
         }
-        if use.num_field_hubs > num_fields:
-            warnings.warn(f"num_field_hubs={use.num_field_hubs} exceeds the {num_fields} field tokens", stacklevel=2)
+        _warn_of_more_hubs_than_tokens("num_field_hubs", use.num_field_hubs, num_fields, "field tokens")
+        if "sequence" in sizes:
+            _warn_of_more_hubs_than_tokens("hubs_per_behavior", hubs_per_behavior, self.tokens.max_len, "events")
 
         if "sequence" in sizes:
             self.event_tokens = EventTokens(self.tokens.behaviors, self.tokens.max_len, dim, use.positions)
@@ -190,7 +194,7 @@ class INFNet(MultiTaskModel):
             self.task_tokens = LearnedTokens(len(labels), dim)
         pooled_groups = [group for group in ("fields", "sequence") if group in sizes]
         hubs_read = pooled_groups if task_blind or self.late_fusion else ["tasks"] if head_input != "token" else []
-        plan, initial_hubs = _plan_blocks(
+        plan, initial_hubs = plan_blocks(
             list(sizes),
             0 if self.late_fusion else num_blocks,
             broadcasts=use.broadcast != "none" and use.aggregation != "all_to_all",
@@ -298,22 +302,6 @@ class INFNet(MultiTaskModel):
         return maps
 
 
-def _plan_blocks(groups, num_blocks, *, broadcasts, gates_follow, head_reads_tokens, hubs_read):
-    """Finds, from the last block backwards, what each block must build so that no parameter is out of the loss' reach.
-
-    Returns:
-        For each block its refined hub groups and its gated token groups; and the hub groups that block 1 starts from.
-    """
-    plan, hubs_read = [], set(hubs_read)
-    for block in reversed(range(num_blocks)):
-        tokens_read = groups if block < num_blocks - 1 else ["tasks"] * head_reads_tokens
-        gated = set(tokens_read) if broadcasts else set()
-        refined = hubs_read | gated if gates_follow else hubs_read
-        plan.insert(0, ([g for g in groups if g in refined], [g for g in groups if g in gated]))
-        hubs_read = refined | gated
-    return plan, [group for group in groups if group in hubs_read]
-
-
 def _check_heads_are_fed(aggregation, broadcast, gate_hubs, head_input, task_blind):
     has_task_hubs = aggregation in ("views", "views_sum", "union")
     if head_input != "token" and (task_blind or not has_task_hubs):
@@ -326,6 +314,12 @@ def _check_heads_are_fed(aggregation, broadcast, gate_hubs, head_input, task_bli
         raise ValueError(f"gate_hubs='previous' is v1's formula, for aggregation='cross'; got {aggregation!r}")
     if task_blind and aggregation == "all_to_all":
         raise ValueError("task_blind reads the hubs, and aggregation='all_to_all' has none; use another aggregation")
+
+
+def _warn_of_more_hubs_than_tokens(name, hubs, tokens, kind):
+    """Warns of a group whose hubs cost more than its tokens; task hubs may: the papers have more than tasks."""
+    if hubs > tokens:
+        warnings.warn(f"{name}={hubs} exceeds the {tokens} {kind}; set it to at most {tokens}", stacklevel=3)
 
 
 def _task_weights(recorded, prefix, num_tasks, num_fields, num_steps):

@@ -189,6 +189,22 @@ def _view(group, size, attend, project=True):
     return MultiHeadAttention(**attend, project_queries=project, project_output=False)
 
 
+def plan_blocks(groups, num_blocks, *, broadcasts, gates_follow, head_reads_tokens, hubs_read):
+    """Finds, from the last block backwards, what each block must build so that no parameter is out of the loss' reach.
+
+    Returns:
+        For each block its refined hub groups and its gated token groups; and the hub groups that block 1 starts from.
+    """
+    plan, hubs_read = [], set(hubs_read)
+    for block in reversed(range(num_blocks)):
+        tokens_read = groups if block < num_blocks - 1 else ["tasks"] * head_reads_tokens
+        gated = set(tokens_read) if broadcasts else set()
+        refined = hubs_read | gated if gates_follow else hubs_read
+        plan.insert(0, ([g for g in groups if g in refined], [g for g in groups if g in gated]))
+        hubs_read = refined | gated
+    return plan, [group for group in groups if group in hubs_read]
+
+
 def build_aggregation(kind, refined, sizes, residual, attend):
     """Builds how the hubs of the ``refined`` groups read the token groups of the given ``sizes``."""
     if kind == "all_to_all":
