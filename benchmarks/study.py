@@ -30,6 +30,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import yaml
+from flowctr import config
 from flowctr.experiment import result_line
 from tqdm import tqdm
 
@@ -90,11 +91,18 @@ def jobs(folder: Path, phase: str) -> list[Job]:
         return [Job(model, base, seeds[0], trial) for trial in chosen]
     best = dict(ranked(folder)[0][0].overrides)
     if phase == "final":
-        settings = [(base, {})]
+        settings = [(base, best)]
     else:
-        settings = [(expid, {}) for expid in study["ablations"]]
-        settings += [(base, {key: v}) for key, values in study["sweeps"].items() for v in values if best.get(key) != v]
-    return [Job(model, expid, seed, tuple({**best, **change}.items())) for expid, change in settings for seed in seeds]
+        settings = [(expid, _unless_ablated(best, study, expid)) for expid in study["ablations"]]
+        sweeps = [(key, value) for key, values in study["sweeps"].items() for value in values]
+        settings += [(base, {**best, key: value}) for key, value in sweeps if best.get(key) != value]
+    return [Job(model, expid, seed, tuple(overrides.items())) for expid, overrides in settings for seed in seeds]
+
+
+def _unless_ablated(best: dict, study: dict, expid: str) -> dict:
+    """Leaves out the settings that an ablation itself changes."""
+    base, ablation = (config.load(REPOSITORY / study["base_config"], name) for name in (study["base_expid"], expid))
+    return {key: value for key, value in best.items() if ablation.get(key) == base.get(key)}
 
 
 def ranked(folder: Path) -> list[tuple[Job, dict]]:
@@ -228,7 +236,7 @@ def _variants_table(study: dict, targets: list[str], variants: dict[tuple, list[
     summary = targets[-1]
     rows = []
     for (expid, overrides), results in variants.items():
-        changed = dict(overrides).items() - best.items()
+        changed = [(key, value) for key, value in overrides if best.get(key) != value]
         what = ", ".join(f"{key} {value}" for key, value in changed) or "as tuned"
         what = what if expid == study["base_expid"] else expid.removeprefix(f"{study['base_expid']}_")
         auc = [_spread([_value(r, "test", target, "AUC") for r in results]) for target in targets[:-1]]

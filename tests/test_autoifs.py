@@ -250,6 +250,7 @@ def test_without_gates_there_is_one_stage_and_nothing_is_removed(tmp_path):
         full, _ = model.full_and_flows(x, model.choose_scenario(batches[0]))
         torch.testing.assert_close(torch.logit(model(batches[0])["like_pred"][:, 0]), full[:, 1], atol=1e-4, rtol=1e-4)
     assert not [name for name, _ in model.named_parameters() if name.startswith("gate_")]
+    assert (model.kept_flows(batches)[:2] == 1).all()
 
 
 def test_kept_flows_are_counted_by_scenario(tmp_path):

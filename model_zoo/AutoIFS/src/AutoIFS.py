@@ -236,7 +236,7 @@ class AutoIFS(MultiTaskModel):
 
     @torch.no_grad()
     def kept_flows(self, data_generator):
-        """Measures how many rows keep each flow, the gate taken as 1 where its logit is above 0.
+        """Measures how many rows keep each flow: a soft gate above one half counts as removing it.
 
         Args:
             data_generator: Batches.
@@ -250,8 +250,8 @@ class AutoIFS(MultiTaskModel):
         for batch in data_generator:
             inputs = self.get_inputs(batch)
             scenario = self.choose_scenario(inputs)
-            x = self.embed(self.tokens if self.searches else self.gate_tokens, inputs)
-            kept += scenario.T @ (self.gate_network(x) <= 0).to(x.dtype).flatten(1)
+            gates = self.removal_gates(self.embed(self.tokens, inputs), inputs)
+            kept += scenario.T @ (gates <= 0.5).to(scenario.dtype).flatten(1)
             rows += scenario.sum(dim=0).unsqueeze(1)
         return (kept / rows).unflatten(1, (self.num_tasks, len(FLOWS))).cpu().numpy()
 
