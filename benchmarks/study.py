@@ -116,6 +116,7 @@ def ranked(folder: Path) -> list[tuple[Job, dict]]:
 
 
 def read(folder: Path) -> dict:
+    """Reads what a study is to run."""
     return {"ablations": [], "sweeps": {}, **yaml.safe_load((folder / "tuner_config.yaml").read_text())}
 
 
@@ -149,7 +150,8 @@ def write(folder: Path) -> None:
     done = {phase: [(job, result) for job, result in pairs if result] for phase, pairs in done.items()}
     done["tune"] = ranked(folder)
     for phase, name in (("tune", "tuner_config.csv"), ("final", "results.csv"), ("variants", "variants.csv")):
-        (folder / name).write_text("".join(f"{result_line(result)}\n" for _, result in done[phase]))
+        if done[phase]:
+            (folder / name).write_text("".join(f"{result_line(result)}\n" for _, result in done[phase]))
     shutil.rmtree(folder / "results", ignore_errors=True)
     (folder / "results").mkdir()
     for _, result in done["final"]:
@@ -172,7 +174,7 @@ def page(folder: Path, study: dict, done: dict[str, list[tuple[Job, dict]]]) -> 
     """Writes the page of a study."""
     finals = [result for _, result in done["final"]]
     first = finals[0]
-    targets, sizes = _targets(first), first["parameters"]
+    targets, sizes = targets_of(first), first["parameters"]
     scenario = first["config"].get("scenario")
     parts = [
         f"# {study['base_expid']}",
@@ -192,7 +194,7 @@ def page(folder: Path, study: dict, done: dict[str, list[tuple[Job, dict]]]) -> 
     ]
     columns = [(split, metric) for split in ("valid", "test") for metric in METRICS]
     rows = [
-        [t, *(_spread([_value(r, split, t, metric) for r in finals]) for split, metric in columns)] for t in targets
+        [t, *(spread([value_of(r, split, t, metric) for r in finals]) for split, metric in columns)] for t in targets
     ]
     parts.append(markdown(["", *map(" ".join, columns)], rows))
     if done["variants"]:
@@ -213,20 +215,22 @@ def page(folder: Path, study: dict, done: dict[str, list[tuple[Job, dict]]]) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def _targets(result: dict) -> list[str]:
+def targets_of(result: dict) -> list[str]:
     """Names what metrics are shown for: labels, their mean, and both over scenarios if there are some."""
     labels, scenario = result["labels"], result["config"].get("scenario")
     plain = [*labels, "mean"] if len(labels) > 1 else [""]
     return [*plain, *(f"{target}@{scenario}" for target in plain)] if scenario else plain
 
 
-def _value(result: dict, split: str, target: str, metric: str) -> float | None:
+def value_of(result: dict, split: str, target: str, metric: str) -> float | None:
+    """Finds a metric of a target by its name in the result."""
     label, at, scenario = target.partition("@")
     name = metric if label in ("", "mean") else f"{label}_{metric}"
     return result["metrics"][split].get(f"{name}{at}{scenario}")
 
 
-def _spread(values: list[float | None]) -> str:
+def spread(values: list[float | None]) -> str:
+    """Shows mean and standard deviation, or a single value."""
     if None in values:  # undefined, as gAUC is where no user has both classes
         return "–"
     return f"{np.mean(values):.4f} ± {np.std(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
@@ -239,11 +243,10 @@ def _variants_table(study: dict, targets: list[str], variants: dict[tuple, list[
         changed = [(key, value) for key, value in overrides if best.get(key) != value]
         what = ", ".join(f"{key} {value}" for key, value in changed) or "as tuned"
         what = what if expid == study["base_expid"] else expid.removeprefix(f"{study['base_expid']}_")
-        auc = [_spread([_value(r, "test", target, "AUC") for r in results]) for target in targets[:-1]]
-        spread = _spread([_value(r, "test", summary, "AUC") for r in results])
-        gauc = _spread([_value(r, "test", summary, "gAUC") for r in results])
+        auc = [spread([value_of(r, "test", target, "AUC") for r in results]) for target in targets[:-1]]
+        means = [spread([value_of(r, "test", summary, metric) for r in results]) for metric in ("AUC", "gAUC")]
         size, seeds = results[0]["parameters"]["non_embedding"], len(results)
-        rows.append([what, seeds, *auc, spread, gauc, f"{size:,}"])
+        rows.append([what, seeds, *auc, *means, f"{size:,}"])
     columns = ["", "seeds", *(f"{target} AUC" for target in targets), f"{summary} gAUC", "parameters"]
     return markdown(columns, rows)
 
@@ -252,7 +255,7 @@ def _trials_table(study: dict, trials: list[tuple[Job, dict]]) -> str:
     rows, metrics = [], list(dict.fromkeys([study["select"], *METRICS]))
     for job, result in trials:
         overrides, valid = dict(job.overrides), result["metrics"]["valid"]
-        rows.append([*(overrides[key] for key in study["tuner_space"]), *(_spread([valid[name]]) for name in metrics)])
+        rows.append([*(overrides[key] for key in study["tuner_space"]), *(spread([valid[name]]) for name in metrics)])
     return markdown([*study["tuner_space"], *(f"valid {name}" for name in metrics)], rows)
 
 

@@ -4,6 +4,8 @@ import csv
 import json
 from pathlib import Path
 
+from study import markdown, read, spread, targets_of, value_of
+
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 METRICS = ("gAUC", "AUC", "logloss", "NE")
@@ -26,13 +28,32 @@ def filled(page: str) -> str:
 
 
 def table(name: str) -> str:
-    """Builds one table: the speed of the ``data`` pipeline, the ``scaling`` of a step, or the runs of a data set."""
-    speed = {"data": data_speed, "scaling": scaling}
-    return speed[name]() if name in speed else accuracy(name)
+    """Builds one table: what a speed script measured, the studies on a data set, or its single runs."""
+    speed = {"data": data_speed, "scaling": scaling, "pairs": pairs}
+    if name in speed:
+        return speed[name]()
+    return studies(name.removeprefix("studies ")) if name.startswith("studies ") else runs(name)
 
 
-def accuracy(dataset_id: str) -> str:
-    """Lists the runs of a data set, the best on its validation data first, then the reference rows."""
+def studies(dataset_id: str) -> str:
+    """Lists the studies on a data set, the best on the test data first: mean and standard deviation over the seeds."""
+    rows = []
+    for folder in (path.parent for path in HERE.glob("*/*/tuner_config.yaml")):
+        if read(folder)["dataset_id"] == dataset_id:
+            finals = [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
+            targets = targets_of(finals[0])
+            shown = [target for target in targets if "@" not in target or target == targets[-1]]
+            name, link = read(folder)["base_expid"], folder.relative_to(HERE)
+            columns = [(target, "AUC") for target in shown] + [(targets[-1], "gAUC"), (targets[-1], "NE")]
+            values = [[value_of(result, "test", *column) for result in finals] for column in columns]
+            sizes = f"{finals[0]['parameters']['non_embedding']:,}"
+            rows.append([f"[{name}]({link}/README.md)", len(finals), *map(spread, values), sizes])
+    rows.sort(key=lambda row: row[len(shown) + 1], reverse=True)
+    return markdown(["experiment", "seeds", *(f"{t} {m}" for t, m in columns), "parameters"], rows)
+
+
+def runs(dataset_id: str) -> str:
+    """Lists the single runs of a data set, the best on its validation data first, then the reference rows."""
     results = [json.loads(path.read_text()) for path in sorted(HERE.glob("*/*.json"))]
     results = [result for result in results if result["dataset_id"] == dataset_id]
     results.sort(key=lambda result: -result["metrics"]["valid"]["AUC"])
@@ -103,10 +124,15 @@ def scaling() -> str:
     return markdown(["model", "against", "sizes", "seconds a step", "peak MiB", "exponent"], rows)
 
 
-def markdown(columns: list[str], rows: list[list]) -> str:
-    """Lays out a table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def pairs() -> str:
+    """Lists how INFNet's step compares with the all-to-all transformer's."""
+    rows = []
+    for path in sorted((HERE / "speed" / "results").glob("pairs_*.json")):
+        result = json.loads(path.read_text())
+        for run in result["runs"]:
+            seconds = [f"{run['seconds'][model]:.3f}" for model in ("INFNet v2", "all-to-all")]
+            rows.append([result["environment"]["device"], run["mode"], *seconds, f"{run['ratio']:.2f}"])
+    return markdown(["device", "mode", "INFNet v2, s", "all-to-all, s", "median ratio"], rows)
 
 
 if __name__ == "__main__":

@@ -1,38 +1,80 @@
 """The published tables are what the result files say."""
 
 import importlib.util
+import inspect
 import json
+import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from flowctr import config
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def tables():
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.syspath_prepend(BENCHMARKS)  # as for a script, tables.py imports study.py
     spec = importlib.util.spec_from_file_location("tables", BENCHMARKS / "tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.undo()
     return module
 
 
 def test_the_page_is_what_the_result_files_say(tables):
     page = (BENCHMARKS / "README.md").read_text()
     assert tables.filled(page) == page, "run: python benchmarks/tables.py"
-    assert page.count("<!-- table: ") == page.count("<!-- end -->") == 5
+    assert page.count("<!-- table: ") == page.count("<!-- end -->") == 7
 
 
 def test_a_row_has_the_numbers_of_its_file(tables):
-    path = next(iter(sorted(BENCHMARKS.glob("INFNet/*.json"))))
+    path = next(iter(sorted(BENCHMARKS.glob("InterFormer/*.json"))))
     result = json.loads(path.read_text())
     valid = result["metrics"]["valid"]
-    row = f"| is_like | {valid['is_like_gAUC']:.4f} | {valid['is_like_AUC']:.4f} |"
-    assert row in tables.accuracy(result["dataset_id"])
+    assert f"| {valid['gAUC']:.4f} | {valid['AUC']:.4f} |" in tables.table(result["dataset_id"])
+
+
+def test_a_study_has_the_mean_over_its_seeds(tables):
+    folder = BENCHMARKS / "INFNet" / "INFNet_v1_kuairand_pure_window"
+    results = [json.loads(path.read_text())["metrics"]["test"] for path in folder.glob("results/*.json")]
+    assert len(results) == 3
+    values = [result["is_like_AUC"] for result in results]
+    assert f"{np.mean(values):.4f} ± {np.std(values):.4f}" in tables.table("studies kuairand_pure_window")
+    lines = (folder / "results.csv").read_text().splitlines()
+    assert [f"is_like_AUC: {value:.6f}" in line for line in lines for value in values].count(True) >= 3
+
+
+def test_every_study_page_is_what_its_lines_say():
+    """The best trial comes first, and the experiment has its settings."""
+    folders = [path.parent for path in BENCHMARKS.glob("*/*/tuner_config.yaml")]
+    assert folders
+    for folder in folders:
+        study = yaml.safe_load((folder / "tuner_config.yaml").read_text())
+        trials = (folder / "tuner_config.csv").read_text().splitlines()
+        select = re.compile(rf"\[val\].*?\b{study['select']}: ([\d.]+)")
+        scores = [float(select.search(line)[1]) for line in trials]
+        assert len(scores) == study["trials"] and scores == sorted(scores, reverse=True)
+        params = config.load(Path(study["base_config"]), study["base_expid"])
+        command = shlex.split(re.search(r"\[command\] (.*?),\[exp_id\]", trials[0])[1])
+        best = dict(text.split("=") for option, text in pairwise(command) if option == "--set")
+        defaults = _defaults(study["base_expid"].partition("_")[0])
+        for key in study["tuner_space"]:
+            assert json.loads(best[key]) == params.get(key, defaults.get(key)), (folder, key)
+
+
+def _defaults(model):
+    arguments = inspect.signature(config.model_class(model).__init__).parameters
+    return {name: argument.default for name, argument in arguments.items()}
 
 
 def test_result_files_name_no_path_of_a_machine():
-    files = list(BENCHMARKS.glob("*/*.json"))
+    files = [*BENCHMARKS.glob("*/*.json"), *BENCHMARKS.glob("*/*/results/*.json")]
     assert files
     for path in files:
         config = json.loads(path.read_text())["config"]
