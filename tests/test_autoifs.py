@@ -335,8 +335,8 @@ def test_a_search_is_forgotten_before_it_is_made_again(runs, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scenario": None}, "None is not in the data"),
-        ({"scenario": "age"}, "'age' is of type numeric; data set 'toy' has item, author, user"),
+        ({"scenario": None}, "needs the column of scenarios, scenario: <a categorical column>; got none"),
+        ({"scenario": "age"}, "'age', which is of type numeric; data set 'toy' has item, author, user"),
         ({"stage": "prune"}, "stage must be one of search, retrain, both; got 'prune'"),
         ({"rewind_epoch": 3}, "search_epochs=3, rewind_epoch=3"),
         ({"search_epochs": 1, "rewind_epoch": 0}, "at least 2 epochs"),

@@ -280,10 +280,11 @@ def _count_scenarios(feature_map, scenario):
     spec = feature_map.features.get(scenario)
     if spec is None or spec["type"] != "categorical":
         columns = [name for name, spec in feature_map.features.items() if spec["type"] == "categorical"]
-        found = "not in the data" if spec is None else f"of type {spec['type']}"
+        kind = "not in the data" if spec is None else f"of type {spec['type']}"
+        given = "none" if scenario is None else f"{scenario!r}, which is {kind}"
         raise ValueError(
-            f"scenario must name a categorical column; {scenario!r} is {found}; data set {feature_map.dataset_id!r} "
-            f"has {', '.join(columns) or 'none'}"
+            f"AutoIFS needs the column of scenarios, scenario: <a categorical column>; got {given}; data set "
+            f"{feature_map.dataset_id!r} has {', '.join(columns) or 'none'}"
         )
     return spec["vocab_size"] - 2
 
