@@ -14,6 +14,7 @@ from typing import Any
 import flowctr  # noqa: F401  before fuxictr, so that it needs no ray
 import fuxictr.pytorch.layers
 import torch
+from flowctr.acceleration import PRECISIONS
 from flowctr.names import nearest
 from torch import nn
 
@@ -108,6 +109,7 @@ def _each(check: Check) -> Check:
 _positive_integer = _require(is_positive_integer, "an integer above 0")
 _natural_number = _require(lambda value: is_integer(value) and value >= 0, "an integer of at least 0")
 _positive_number = _require(lambda value: is_number(value) and value > 0, "a number above 0")
+_non_negative_number = _require(lambda value: is_number(value) and value >= 0, "a number of at least 0")
 _boolean = _require(lambda value: isinstance(value, bool), "true or false")
 _text = _require(lambda value: isinstance(value, str) and value != "", "a text")
 
@@ -188,10 +190,18 @@ KEY_CHECKS: dict[str, Check] = {
     "early_stop_patience": _positive_integer,
     "monitor_mode": _one_of("max", "min"),
     "max_gradient_norm": _positive_number,
+    "precision": _one_of(*PRECISIONS),
+    "gradient_accumulation": _positive_integer,
+    "fused_regularizer": _boolean,  # these two are no regulariser and no activation, as their names have it
+    "activation_checkpointing": _boolean,
     "learning_rate": _positive_number,
+    "weight_decay": _non_negative_number,
+    "search_weight_decay": _non_negative_number,
+    "search_learning_rate": _positive_number,
     "embedding_dim": _positive_integer,
     "optimizer": _named("an optimizer of torch.optim", {"adam"} | _subclasses(torch.optim, torch.optim.Optimizer)),
     "loss": _each(_named("a loss of torch.nn.functional", {"bce", "binary_crossentropy"} | _losses())),
+    "gate_penalty": _each(_non_negative_number),
     "loss_weight": _require(_is_loss_weight, "EQ, UW or a list of numbers of at least 0, not all of them 0"),
     "task": _each(_one_of("binary_classification", "regression")),
     "data_format": _one_of("csv", "parquet", "h5"),

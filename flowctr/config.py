@@ -40,7 +40,9 @@ LABEL_KEYS = {"name", "active", "dtype", "fill_na", "may_be_missing", "preproces
 # Keys of FuxiCTR that have no effect here, accepted so that its YAML files run unchanged.
 IGNORED_KEYS = frozenset({"pickle_feature_encoder", "debug_mode", "feature_config"})
 # Arguments that the runner passes itself.
-RUNNER_ARGUMENTS = {"feature_map", "model_id", "gpu", "data_generator", "validation_data", "lr", "data_path", "split"}
+RUNNER_ARGUMENTS = {
+    *("feature_map", "model_id", "gpu", "data_generator", "validation_data", "lr", "data_path", "split", "searched"),
+}
 
 
 class ConfigError(ValueError):
@@ -391,6 +393,12 @@ def _check_dataset(params: Mapping[str, Any]) -> list[str]:
     kind = active[scenario].get("type") if isinstance(scenario, str) and scenario in active else "categorical"
     if kind != "categorical":
         mistakes.append(f"'scenario': {scenario!r} is {kind}; a scenario is a categorical feature")
+    elif isinstance(scenario, str) and scenario in active:  # its ids must be those of its own values in training
+        mistakes += [
+            f"'scenario': {scenario!r} has {key}={active[scenario][key]!r}; take that out"
+            for key, usual in (("remap", True), ("share_embedding", None))
+            if active[scenario].get(key, usual) != usual
+        ]
     mistakes += [
         f"label_col {name!r}: fill_na and may_be_missing exclude each other; keep one"
         for name, label in labels.items()

@@ -3,9 +3,11 @@
 ``accelerate(Model)`` subclasses a FuxiCTR model, ours or FuxiCTR's alike. What it computes stays FuxiCTR's: with one
 seed and the same batches, losses and weights are bit-equal on the CPU. What it adds: the loss is read once per logging
 interval, predictions leave the device once per evaluation, `flowctr.metrics` scores them, learning curves are kept, a
-checkpoint is whole or absent, and a run that has gone wrong says so and stops.
+checkpoint is whole or absent, and a run that has gone wrong says so and stops. What makes it faster at the price of
+other last digits or of more memory is an option; `flowctr.acceleration` has the parts.
 """
 
+import functools
 import logging
 import math
 import os
@@ -19,6 +21,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from flowctr import acceleration
+from flowctr.acceleration import CompiledForward, GraphedStep
 from flowctr.data import scenario_names
 from flowctr.data.format import UNSEEN
 from flowctr.metrics import evaluate_metrics, evaluate_metrics_within
@@ -29,6 +33,7 @@ from tqdm import tqdm
 
 CURVE_POINTS_PER_EVALUATION = 10
 TWO_CLASS_METRICS = ("AUC", "gAUC", "avgAUC")
+MAX_LOGGED_SCENARIOS = 20
 OTHER_MONITOR = "monitor a metric that these validation data define, such as logloss, or take other data"
 # How torch's binary_cross_entropy reports a prediction that is nan: on the CPU, and on a GPU.
 NAN_PREDICTION = ("all elements of input should be between 0 and 1", "device-side assert triggered")
@@ -104,59 +109,15 @@ class KnownLoss:
         return torch.where(known, losses, 0.0).sum() / known.sum().clamp(min=1)
 
 
-class GraphedStep:
-    """Replays a captured training step: forward, backward, clipping and update go to the GPU in one launch.
+def _in_precision(method: Callable) -> Callable:
+    """Runs a method of `Engine` with the model's precision of matrix products."""
 
-    The first steps run as they are, which lets libraries choose their kernels; then one step is captured. Batches of
-    another shape than the first, such as the last of an epoch, run as they are. A changed learning rate is captured
-    anew.
+    @functools.wraps(method)
+    def in_precision(self, *args, **kwargs):
+        with acceleration.matmul_precision(self._precision):
+            return method(self, *args, **kwargs)
 
-    Args:
-        model: A model on a GPU whose ``train_step`` does not read values back from the device.
-
-    Raises:
-        ValueError: If the optimiser counts its steps on the host: the captured step would repeat one count for ever.
-    """
-
-    WARM_UP_STEPS = 3
-
-    def __init__(self, model: BaseModel):
-        self.model = model
-        self.steps = 0
-        self.shapes: dict[str, torch.Size] = {}
-        self.rates: list[float] = []
-        optimizer = model.optimizer
-        if "capturable" not in optimizer.defaults and not isinstance(optimizer, torch.optim.SGD):
-            raise ValueError(f"cuda_graphs cannot capture {type(optimizer).__name__}; use adam or SGD, or turn it off")
-        for group in optimizer.param_groups:
-            if "capturable" in group:
-                group["capturable"] = True  # keeps the step counter on the device
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Trains on a batch that lies on the device and returns its loss."""
-        self.steps += 1
-        shapes = {name: values.shape for name, values in batch.items()}
-        self.shapes = self.shapes or shapes
-        if self.steps <= self.WARM_UP_STEPS or shapes != self.shapes:
-            return self.model.train_step(batch)
-        rates = [group["lr"] for group in self.model.optimizer.param_groups]
-        if rates != self.rates:
-            self._capture(batch)
-            self.rates = rates
-        for name, values in self.inputs.items():
-            values.copy_(batch[name])
-        self.graph.replay()
-        return self.loss
-
-    def _capture(self, batch: Mapping[str, Tensor]) -> None:
-        self.inputs = {name: values.clone() for name, values in batch.items()}
-        self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
-        self.graph = torch.cuda.CUDAGraph()
-        with (  # thread_local: the loader's thread may go on pinning memory meanwhile
-            torch.cuda.device(self.model.device),  # on which the capture's stream is made
-            torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
-        ):
-            self.loss = self.model.train_step(self.inputs).detach()
+    return in_precision
 
 
 class Engine:
@@ -164,7 +125,20 @@ class Engine:
 
     Args:
         *args: The model's arguments.
-        cuda_graphs: Whether to replay a captured training step on a GPU (see `GraphedStep`); without effect on the CPU.
+        precision: ``fp32``; ``tf32``: float32 with the factors of matrix products rounded to 10 bits, on GPUs that can;
+            ``bf16``: matrix products of the forward and backward pass in bfloat16. Weights, losses and metrics are
+            float32 or more in all of them.
+        compile: Whether to compile the forward pass for training and evaluation (see `CompiledForward`). Dropout then
+            draws other random numbers.
+        cuda_graphs: Whether to replay a captured training step on a GPU (see `GraphedStep`); without effect on the
+            CPU. With ``compile``, the compiled step is captured.
+        fused_optimizer: Whether to update in one kernel, for optimisers of which torch has such a form.
+        fused_regularizer: Whether to compute FuxiCTR's regularisation in one pass over lists of parameters.
+        gradient_accumulation: Batches of which a step takes the mean gradient. Their rows count the same, in the last
+            step of an epoch, which may have fewer batches, too; every part of the step is normalised by its own batch
+            statistics. Steps, and with them ``eval_steps``, are updates.
+        activation_checkpointing: Whether to compute the blocks' activations again in the backward pass instead of
+            keeping them (see `acceleration.checkpoint_activations`); not with ``cuda_graphs``.
         loss_weight: How the losses of several labels add up: ``EQ`` sums them, a list has one weight for each label,
             ``UW`` learns the weights (see `UncertaintyLoss`).
         scenario: Categorical column within whose values the metrics are evaluated too; None: overall only. The model
@@ -180,22 +154,40 @@ class Engine:
         base_rates: Label -> mean in the training data, by which NE is normalised; None before `fit`.
 
     Raises:
-        ValueError: If ``loss_weight`` does not fit the labels, or ``scenario`` is no categorical column.
+        ValueError: If ``loss_weight`` does not fit the labels, ``scenario`` is no categorical column, or the model,
+            its optimiser or the device cannot do what is asked for.
     """
 
     def __init__(
         self,
         *args,
+        precision: str = "fp32",
+        compile: bool = False,
         cuda_graphs: bool = False,
+        fused_optimizer: bool = False,
+        fused_regularizer: bool = False,
+        gradient_accumulation: int = 1,
+        activation_checkpointing: bool = False,
         loss_weight: str | Sequence[float] = "EQ",
         scenario: str | None = None,
         **kwargs,
     ):
-        self._loss_weighting = loss_weight  # before the model's constructor, which calls compile
+        self._loss_weighting = loss_weight  # these before the model's constructor, which calls compile
+        self._fused_optimizer = fused_optimizer
         if scenario is not None:
             kwargs["scenario"] = scenario
         super().__init__(*args, **kwargs)
         self.cuda_graphs = cuda_graphs
+        self._precision = precision
+        self._gradient_accumulation = gradient_accumulation
+        self._fused_regularizer = fused_regularizer
+        self._penalties: list | None = None  # known once the model is complete
+        self._check_acceleration(activation_checkpointing)
+        if precision == "bf16":
+            acceleration.widen_logits(self.output_activation)
+        if activation_checkpointing:
+            acceleration.checkpoint_activations(self)
+        self._run_forward = CompiledForward(self, super().forward) if compile else super().forward
         self._scenario = scenario
         self._scenario_names = scenario_names(self.feature_map, scenario) if scenario else {}
         self._told_unseen: set[int] = set()
@@ -203,6 +195,25 @@ class Engine:
         self.restored: dict[str, float] | None = None
         self.base_rates: Mapping[str, float] | None = None
         self._rows, self._seconds = Counter(), Counter()
+
+    def _check_acceleration(self, activation_checkpointing: bool) -> None:
+        """Raises ValueError for what this model or device cannot do."""
+        acceleration.check_precision(self._precision, self.device)
+        name, parts = type(self).__name__, self._gradient_accumulation
+        if parts < 1:
+            raise ValueError(f"gradient_accumulation={parts}; a step takes at least 1 batch")
+        if parts > 1 and super().train_step.__func__ is not BaseModel.train_step:
+            raise ValueError(
+                f"gradient_accumulation={parts}: {name} has a train_step of its own, which takes one batch"
+            )
+        penalties = (BaseModel.regularization_loss, MultiTaskModel.regularization_loss)
+        if self._fused_regularizer and super().regularization_loss.__func__ not in penalties:
+            raise ValueError(f"fused_regularizer: {name} has a regularization_loss of its own; turn it off")
+        if self.cuda_graphs and activation_checkpointing:
+            raise ValueError(
+                "cuda_graphs cannot capture activation_checkpointing, which saves the state of the random numbers on "
+                "the host; turn one of them off"
+            )
 
     def compile(self, optimizer: str, loss: str | list[str], lr: float) -> None:
         """Compiles the model and weighs its losses.
@@ -212,8 +223,14 @@ class Engine:
             loss: FuxiCTR's loss name, one for all labels or a list with one for each.
             lr: Learning rate.
         """
-        super().compile(optimizer, loss, lr)
         weights, labels = self._loss_weighting, self.feature_map.labels
+        if isinstance(loss, list) and len(loss) != len(labels):
+            raise ValueError(
+                f"loss={loss} is for {len(loss)} labels; the data set has {len(labels)}: {', '.join(labels)}"
+            )
+        super().compile(optimizer, loss, lr)
+        if self._fused_optimizer:
+            self.optimizer = acceleration.fused_optimizer(self.optimizer)
         if weights == "EQ":
             return
         if not isinstance(self, MultiTaskModel):
@@ -236,7 +253,9 @@ class Engine:
     def regularization_loss(self) -> Tensor:
         """Computes FuxiCTR's regularisation of every parameter but learned loss weights."""
         regularization_loss = super().regularization_loss
-        if regularization_loss.__func__ is MultiTaskModel.regularization_loss:
+        if self._fused_regularizer:
+            regularization_loss = self._fused_regularization_loss
+        elif regularization_loss.__func__ is MultiTaskModel.regularization_loss:
             # It sees only parameters called weight or bias: bare nn.Parameters would go unregularised.
             regularization_loss = super(MultiTaskModel, self).regularization_loss
         if self._loss_weighting != "UW":
@@ -247,6 +266,40 @@ class Engine:
         finally:
             self.loss_log_variances.requires_grad_(True)
 
+    def _fused_regularization_loss(self) -> Tensor:
+        if self._penalties is None:
+            self._penalties = acceleration.penalties(self, self._embedding_regularizer, self._net_regularizer)
+        return sum(acceleration.Penalty.apply(p, weight, *parameters) for p, weight, parameters in self._penalties)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Computes what the model does; accelerated while it trains, as `evaluate` and `predict` are."""
+        return self._accelerated_forward(inputs) if self.training else super().forward(inputs)
+
+    def _accelerated_forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with acceleration.autocast(self._precision, self.device):
+            outputs = self._run_forward(inputs)
+        return acceleration.widened(outputs)
+
+    def train_step(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Trains on a batch as FuxiCTR does, or in as many parts as ``gradient_accumulation`` says.
+
+        Returns:
+            The loss, the mean over the rows of the batch.
+        """
+        if self._gradient_accumulation == 1:
+            return super().train_step(batch)
+        self.optimizer.zero_grad()
+        losses = []
+        for part in acceleration.split_batch(batch, self._gradient_accumulation):
+            share = acceleration.row_count(part) / acceleration.row_count(batch)
+            loss = share * self.compute_loss(self.forward(part), self.get_labels(part))
+            loss.backward()
+            losses.append(loss.detach())
+        nn.utils.clip_grad_norm_(self.parameters(), self._max_gradient_norm)
+        self.optimizer.step()
+        return torch.stack(losses).sum()
+
+    @_in_precision
     def fit(
         self,
         data_generator: Batches,
@@ -272,7 +325,7 @@ class Engine:
                 or is of a scenario that training has not seen.
             TrainingError: If a loss, a prediction or the monitored metric is not a number.
         """
-        steps_per_epoch = len(data_generator)
+        steps_per_epoch = -(-len(data_generator) // self._gradient_accumulation)
         self.history = {"train": [], "valid": []}
         self.restored = None
         self.base_rates = getattr(data_generator, "base_rates", None)
@@ -292,7 +345,7 @@ class Engine:
         self._total_steps = 0
         self._epoch_index = 0
 
-        logging.info("Start training: %d batches/epoch", steps_per_epoch)
+        logging.info("Start training: %d steps/epoch", steps_per_epoch)
         for self._epoch_index in range(epochs):
             logging.info("************ Epoch=%d start ************", self._epoch_index + 1)
             if hasattr(self, "start_epoch"):
@@ -348,8 +401,8 @@ class Engine:
         """Trains one epoch, or less when early stopping ends it."""
         self.train()
         started = time.perf_counter()
-        for batch in self._progress(data_generator, "train"):
-            batch = self._on_device(batch)
+        batches = map(self._on_device, self._progress(data_generator, "train"))
+        for batch in acceleration.join_batches(batches, self._gradient_accumulation):
             step = self.train_step if self._graphed_step is None else self._graphed_step
             self._loss_sum += step(batch).detach()
             self._loss_steps += 1
@@ -532,7 +585,7 @@ class Engine:
         if UNSEEN in rows and id(data_generator) not in self._told_unseen:
             self._told_unseen.add(id(data_generator))
             logging.warning(
-                "%d of %d rows have a value of %s that training has not seen; %s=%s is in no mean over scenarios",
+                "%d of %d rows have a %s that is missing, rare or not in training; %s=%s is in no mean over scenarios",
                 *(rows[UNSEEN], len(scenario), self._scenario, self._scenario, UNSEEN),
             )
         return {i: name for i, name in self._scenario_names.items() if name in rows}
@@ -544,8 +597,9 @@ class Engine:
         undefined = dict.fromkeys(metrics, math.nan)  # of a scenario where no row has the label
         by_name = {name: within.get(i, undefined) for i, name in scenarios.items()}
         scores = {}
-        for name, values in by_name.items():
-            _log_metrics(f"{label}, {self._scenario}={name}", values)
+        for number, (name, values) in enumerate(by_name.items()):
+            if number < MAX_LOGGED_SCENARIOS:
+                _log_metrics(f"{label}, {self._scenario}={name}", values)
             scores |= {f"{metric}@{self._scenario}={name}": value for metric, value in values.items()}
         for metric in metrics:
             values = [values[metric] for name, values in by_name.items() if name != UNSEEN]
@@ -553,6 +607,7 @@ class Engine:
             scores[f"{metric}@{self._scenario}"] = float(np.mean(defined)) if defined else math.nan
         return scores
 
+    @_in_precision
     @torch.no_grad()
     def _collect(
         self, data_generator: Batches
@@ -569,18 +624,19 @@ class Engine:
         scenarios: list[Tensor] = []
         for batch in self._progress(data_generator, "evaluate"):
             batch = self._on_device(batch)
-            predictions = self.forward(batch)
+            predictions = self._accelerated_forward(batch)
+            # Copies: a column is a view of a buffer that all columns of its type share.
             for label, output in outputs.items():
-                y_true[label].append(batch[label].flatten())
+                y_true[label].append(batch[label].flatten().clone())
                 y_pred[label].append(predictions[output].flatten())
             if self.feature_map.group_id is not None:
-                groups.append(self.get_group_id(batch).flatten())
+                groups.append(self.get_group_id(batch).flatten().clone())
             if self._scenario is not None:
-                scenarios.append(batch[self._scenario].flatten())
+                scenarios.append(batch[self._scenario].flatten().clone())
         return (
             {label: torch.cat(parts).double().cpu().numpy() for label, parts in y_true.items()},
             {label: torch.cat(parts).double().cpu().numpy() for label, parts in y_pred.items()},
-            torch.cat(groups).numpy() if groups else None,
+            torch.cat(groups).cpu().numpy() if groups else None,
             torch.cat(scenarios).cpu().numpy() if scenarios else None,
         )
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -177,6 +178,118 @@ def test_arrays_in_memory_have_the_narrow_type_of_the_vocabulary(tmp_path):
         "hist": np.int32,
         **dict.fromkeys(["price", "vector", "click", "like"], np.float32),
     }
+
+
+# On a GPU
+
+
+WIDE = {
+    **SPECS,
+    "brand": {"type": "categorical", "vocab_size": 60_000},
+    "tag": {"type": "categorical", "vocab_size": 9},
+}
+
+
+def write_wide(folder: Path) -> None:
+    """Adds ids of which the highest bit of 16 is set, ids of one byte, and missing labels."""
+    columns, rng = make_columns(), np.random.default_rng(1)
+    columns["brand"] = rng.integers(0, 60_000, ROWS).astype(np.uint16)
+    columns["tag"] = rng.integers(0, 9, ROWS).astype(np.uint8)
+    columns["like"][::3] = np.nan
+    assert (columns["brand"] >= 2**15).any()
+    with H5Writer(folder, "train", WIDE, {"hist": "pre"}, LABELS, "digest", may_be_missing=["like"]) as writer:
+        writer.append(columns)
+
+
+def assert_equal_batches(batches, expected) -> None:
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert list(batch) == list(wanted)
+        for name, values in batch.items():
+            assert values.dtype == wanted[name].dtype and values.is_contiguous(), name
+            torch.testing.assert_close(values, wanted[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_data_on_the_device_give_the_same_batches(tmp_path, split):
+    write_wide(tmp_path)
+    plain, resident = (
+        H5DataLoader(
+            make_feature_map(tmp_path, WIDE),
+            tmp_path / "train",
+            split,
+            96,
+            shuffle=True,
+            seed=5,
+            data_on_device=resident,
+        )
+        for resident in (False, True)
+    )
+    epochs = [list(plain) for _ in range(2)]
+    assert_equal_batches(resident, epochs[0])
+    for batch in resident:  # batches are copies: what becomes of them does not reach the data
+        for values in batch.values():
+            values.zero_()
+    resident.epoch = 1
+    assert_equal_batches(resident, epochs[1])
+    stored = {name: stack.values.element_size() for stack in resident._stacks for name in stack.names}
+    assert stored == {"item": 2, "brand": 2, "tag": 1, **dict.fromkeys(["hist", "price", "vector", *LABELS], 4)}
+
+
+def test_data_that_do_not_fit_on_the_device_are_copied(folder, monkeypatch, caplog):
+    monkeypatch.setattr(h5, "_total_memory", lambda: 92_000)  # all columns take 50 bytes a row, without user 46
+    with caplog.at_level("WARNING"):
+        assert H5DataLoader(make_feature_map(folder), folder / "train", data_on_device=True, streaming=False)._stacks
+    assert not caplog.text
+    monkeypatch.setattr(h5, "_total_memory", lambda: 91_999)
+    plain = H5DataLoader(make_feature_map(folder), folder / "train", streaming=False)
+    with caplog.at_level("WARNING"):
+        loader = H5DataLoader(make_feature_map(folder), folder / "train", data_on_device=True, streaming=False)
+    assert "the train split needs 46000 bytes, more than half of the 91999 bytes free on cpu" in caplog.text
+    assert_equal_batches(loader, list(plain))
+    with pytest.raises(ValueError, match="data_on_device keeps all rows, streaming keeps a few of them"):
+        H5DataLoader(make_feature_map(folder), folder / "train", data_on_device=True, streaming=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"streaming": True, "buffer_size": 200}])
+def test_a_batch_is_one_buffer_for_each_type(folder, options):
+    """Those that go to a GPU, in one copy each, apart from those that stay."""
+    loader = H5DataLoader(make_feature_map(folder), folder / "train", batch_size=96, **options)
+    for batch in loader:
+        buffers = {name: values.untyped_storage().data_ptr() for name, values in batch.items()}
+        assert len(set(buffers.values())) == 3
+        assert buffers["item"] == buffers["hist"] != buffers["user"]
+        assert len({buffers[name] for name in ("price", "vector", "click", "like")}) == 1
+
+
+class FakeStream:
+    """Stands in for a CUDA stream: notes what is asked of it."""
+
+    def __init__(self, *_):
+        self.events = 0
+
+    def record_event(self):
+        self.events += 1
+        return self.events
+
+    def wait_event(self, event):
+        self.waited = [*getattr(self, "waited", []), event]
+
+
+def test_batches_are_copied_ahead_and_waited_for(folder, monkeypatch):
+    """Each batch is waited for when it is handed out, and its memory kept for the stream that uses it."""
+    current, kept = FakeStream(), []
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append((tensor.dtype, stream)))
+    plain, sending = (
+        H5DataLoader(make_feature_map(folder), folder / "train", batch_size=96, shuffle=True) for _ in range(2)
+    )
+    sent = sending._sent(sending._packed(np.random.default_rng([0, 0])))
+    for i, (batch, wanted) in enumerate(zip(sending._received(sent), plain, strict=True)):
+        assert current.waited == list(range(1, i + 2))
+        assert_equal_batches([batch], [wanted])
+    assert kept == [(torch.int32, current), (torch.float32, current)] * 11
 
 
 @pytest.mark.parametrize("options", [{"num_workers": 1}, {"streaming": True, "shuffle": True}])

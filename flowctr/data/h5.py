@@ -1,8 +1,10 @@
-"""Batches from an h5 data set: gathered whole from memory, or streamed within bounded memory."""
+"""Batches from an h5 data set: gathered whole from memory or on the GPU, or streamed within bounded memory."""
 
 import json
+import logging
 import os
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,6 +34,34 @@ class _Column:
     bounds: tuple[float, float] | None = None
     complaint: str = ""
     may_be_missing: bool = False
+    is_meta: bool = False
+
+    @property
+    def width(self) -> int:
+        """Values per row."""
+        return int(np.prod(self.shape))
+
+    @property
+    def buffer(self) -> tuple[torch.dtype, bool]:
+        """The buffer of a packed batch that holds it."""
+        return self.tensor_dtype, self.is_meta
+
+
+_Packed = dict[tuple[torch.dtype, bool], torch.Tensor]
+"""A batch: one buffer for all columns of a type, those that stay on the host (meta) by themselves."""
+
+
+@dataclass
+class _Stack:
+    """Columns of equal type and shape on the device: ``values`` is ``(rows, columns, *shape)``.
+
+    In a batch they have the wider ``tensor_dtype``; ``bits`` of it are theirs if the narrow type has a sign too many.
+    """
+
+    names: list[str]
+    values: torch.Tensor
+    tensor_dtype: torch.dtype
+    bits: int | None
 
 
 class H5DataLoader:
@@ -40,6 +70,10 @@ class H5DataLoader:
     In memory, every column is one array of its narrow type. Streaming holds a window of rows: the file's blocks are
     visited in shuffled order and the rows of a window are shuffled among themselves. Each row comes exactly once per
     epoch, the last batch may be smaller. Files of FuxiCTR 2.0 and 2.1 open as well.
+
+    With a GPU, batches lie on it but for their meta columns. A thread packs the columns of one type into one pinned
+    buffer and copies it on a stream of its own, some batches ahead of the one that is asked for. With
+    ``data_on_device`` nothing is copied any more: rows are gathered there, and widened only then.
 
     Args:
         feature_map: FuxiCTR's FeatureMap of the data set.
@@ -51,14 +85,19 @@ class H5DataLoader:
         streaming: Whether to read while iterating instead of loading all; None streams when the arrays would take
             more than half of this machine's memory.
         buffer_size: Rows in a window of streaming; None for as many as fit into 256 MiB.
-        pin_memory: Whether batches lie in pinned memory; None for "if there is a GPU".
+        pin_memory: Whether batches lie in pinned memory on their way; None for "if they go to a GPU".
         num_workers: Any value above 0 prepares batches ahead in one thread, as streaming and pinning always do.
+        gpu: Index of the GPU that the batches go to, as in FuxiCTR; -1 for none.
+        data_on_device: Whether all columns but meta ones are kept, in their narrow types, on the GPU (or in the CPU's
+            memory without one). Batches are the same. What would take more than half of the memory that is free there
+            is copied batch by batch instead, with a warning.
         task: FuxiCTR's task, or a list of one per label: labels of "binary_classification" must be in [0, 1], others
             finite.
         **kwargs: Other settings of FuxiCTR's loaders, ignored.
 
     Attributes:
-        epoch: Number of the next epoch; set it to continue an interrupted run.
+        epoch: Number of the next epoch.
+        start_batch: First batch of the next epoch, 0 for all of them; set it and ``epoch`` to continue a run.
         base_rates: Mean of each label, over the rows that have it.
         may_be_missing: Labels that are NaN in rows that lack them.
         num_samples, num_batches, num_blocks: Rows, batches and part files.
@@ -66,7 +105,8 @@ class H5DataLoader:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a file is damaged, empty, or does not fit the feature map, a label does not fit its task
-            or is missing in every row. Streaming finds wrong ids and labels while iterating.
+            or is missing in every row, or the data shall be streamed and stay on the device at once. Streaming finds
+            wrong ids and labels while iterating.
     """
 
     def __init__(
@@ -81,15 +121,20 @@ class H5DataLoader:
         buffer_size: int | None = None,
         pin_memory: bool | None = None,
         num_workers: int = 0,
+        gpu: int = -1,
+        data_on_device: bool = False,
         task: str | list[str] = "binary_classification",
         **kwargs,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}; a batch needs a positive whole number of rows")
+        if data_on_device and streaming:
+            raise ValueError("data_on_device keeps all rows, streaming keeps a few of them; turn one of them off")
         self.files = h5_files(find_h5(data_path))
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.batch_size, self.seed, self.epoch, self.start_batch = batch_size, seed, 0, 0
         self.shuffle = shuffle and split == "train"
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.device = torch.device("cuda", gpu) if gpu >= 0 and torch.cuda.is_available() else torch.device("cpu")
+        self.pin_memory = self.device.type == "cuda" if pin_memory is None else pin_memory
         self._columns = _columns(feature_map, self.files[0], task)
         digest = feature_map_digest(feature_map.data_dir)
         inspected = [_inspect(path, feature_map, self._columns, digest) for path in self.files]
@@ -110,7 +155,7 @@ class H5DataLoader:
                     "of label_col, or take rows that have it"
                 )
             self.base_rates[label] = sum(rows * mean for rows, mean in parts) / known
-        row_bytes = sum(c.dtype.itemsize * int(np.prod(c.shape)) for c in self._columns.values())
+        row_bytes = sum(c.dtype.itemsize * c.width for c in self._columns.values())
         if streaming is None:
             streaming = self.num_samples * row_bytes > _total_memory() / 2
         self.streaming = streaming
@@ -119,31 +164,94 @@ class H5DataLoader:
         self._window_rows = max(1, -(-window_rows // batch_size)) * batch_size
         self._ahead = bool(streaming or self.pin_memory or num_workers)
         self._arrays = None if streaming else self._load()
+        self._widths: dict[tuple[torch.dtype, bool], int] = defaultdict(int)  # of a packed row, by buffer
+        self._firsts = {}  # column -> where it starts in a packed row
+        for name, column in self._columns.items():
+            self._firsts[name] = self._widths[column.buffer]
+            self._widths[column.buffer] += column.width
+        self._stacks = None
+        if data_on_device and self._fits_on_device(split):
+            self._stacks = self._move_to_device()
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self):
-        batches = self._batches(np.random.default_rng([self.seed, self.epoch]))
-        self.epoch += 1
-        return _prefetch(batches) if self._ahead else batches
+        rng = np.random.default_rng([self.seed, self.epoch])
+        first_row = self.start_batch * self.batch_size
+        self.epoch, self.start_batch = self.epoch + 1, 0
+        if self._stacks is not None:
+            return self._gathered_on_device(rng, first_row)
+        packed = self._packed(rng, first_row)
+        if self.device.type == "cuda":
+            return self._received(_prefetch(self._sent(packed)))
+        return map(self._unpack, _prefetch(packed) if self._ahead else packed)
 
-    def _batches(self, rng: np.random.Generator):
+    def _packed(self, rng: np.random.Generator, first_row: int) -> Iterator[_Packed]:
         windows = self._windows(rng) if self.streaming else [(self._arrays, self.num_samples)]
         for arrays, rows in windows:
             order = rng.permutation(rows) if self.shuffle else None
-            for start in range(0, rows, self.batch_size):
+            for start in range(min(first_row, rows), rows, self.batch_size):
                 batch = slice(start, min(rows, start + self.batch_size))
-                yield self._gather(arrays, batch if order is None else order[batch])
+                yield self._pack(arrays, batch if order is None else order[batch])
+            first_row = max(0, first_row - rows)
 
-    def _gather(self, arrays: dict[str, np.ndarray], rows: slice | np.ndarray) -> dict[str, torch.Tensor]:
+    def _pack(self, arrays: dict[str, np.ndarray], rows: slice | np.ndarray) -> _Packed:
+        """Gathers rows, each column into its part of a buffer."""
+        count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        packed = {
+            (dtype, is_meta): torch.empty(count * width, dtype=dtype, pin_memory=self.pin_memory)
+            for (dtype, is_meta), width in self._widths.items()
+        }
+        for name, tensor in self._unpack(packed).items():
+            array = arrays[name]
+            tensor.numpy()[...] = array[rows] if isinstance(rows, slice) else np.take(array, rows, axis=0)
+        return packed
+
+    def _unpack(self, packed: _Packed) -> dict[str, torch.Tensor]:
+        """Views the columns, which lie one after the other in the buffers."""
         batch = {}
-        for name, array in arrays.items():
-            values = array[rows] if isinstance(rows, slice) else np.take(array, rows, axis=0)
-            tensor = torch.empty(values.shape, dtype=self._columns[name].tensor_dtype, pin_memory=self.pin_memory)
-            tensor.numpy()[...] = values
-            batch[name] = tensor
+        for name, column in self._columns.items():
+            buffer, first = packed[column.buffer], self._firsts[name]
+            rows = len(buffer) // self._widths[column.buffer]
+            batch[name] = buffer[rows * first : rows * (first + column.width)].view(rows, *column.shape)
         return batch
+
+    def _sent(self, batches: Iterable[_Packed]) -> Iterator[tuple[_Packed, torch.cuda.Event]]:
+        """Starts the copy of each batch to the GPU; the event is its arrival."""
+        stream = torch.cuda.Stream(self.device)
+        for packed in batches:
+            with torch.cuda.stream(stream):
+                copies = {
+                    (dtype, is_meta): buffer if is_meta else buffer.to(self.device, non_blocking=True)
+                    for (dtype, is_meta), buffer in packed.items()
+                }
+            yield copies, stream.record_event()
+
+    def _received(self, batches: Iterable[tuple[_Packed, torch.cuda.Event]]) -> Iterator[dict[str, torch.Tensor]]:
+        """Lets the current stream wait for each batch, not the host."""
+        for packed, arrival in batches:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(arrival)
+            for (_, is_meta), buffer in packed.items():
+                if not is_meta:
+                    buffer.record_stream(stream)  # its memory is the copying stream's, but this one uses it
+            yield self._unpack(packed)
+
+    def _gathered_on_device(self, rng: np.random.Generator, first_row: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields the batches of ``data_on_device``."""
+        order = rng.permutation(self.num_samples) if self.shuffle else np.arange(self.num_samples)
+        order_on_device = torch.from_numpy(order).to(self.device)  # once: a copy for each batch would wait for the step
+        for start in range(first_row, self.num_samples, self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            batch = {}
+            for name, array in self._arrays.items():
+                batch[name] = torch.from_numpy(np.take(array, order[rows], axis=0)).to(self._columns[name].tensor_dtype)
+            for stack in self._stacks:
+                gathered = stack.values.index_select(0, order_on_device[rows]).transpose(0, 1)
+                values = torch.empty(gathered.shape, dtype=stack.tensor_dtype, device=self.device).copy_(gathered)
+                batch.update(zip(stack.names, values if stack.bits is None else values.bitwise_and_(stack.bits)))
+            yield {name: batch[name] for name in self._columns}
 
     def _load(self) -> dict[str, np.ndarray]:
         arrays = self._allocate(self.num_samples)
@@ -155,6 +263,37 @@ class H5DataLoader:
                     self._read(file, start, stop, arrays, offset + start)
             offset += rows
         return arrays
+
+    def _fits_on_device(self, split: str) -> bool:
+        """Says whether all rows may be kept on the device; warns if not."""
+        row_bytes = sum(c.dtype.itemsize * c.width for c in self._columns.values() if not c.is_meta)
+        needed = self.num_samples * row_bytes
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else _total_memory()
+        fits = not self.streaming and needed <= free / 2
+        if not fits:
+            logging.warning(
+                "data_on_device: the %s split needs %d bytes, more than half of the %d bytes free on %s; its batches "
+                "are copied there one by one instead",
+                *(split, needed, free, self.device),
+            )
+        return fits
+
+    def _move_to_device(self) -> list[_Stack]:
+        """Stacks all columns on the device but meta ones, which stay in the arrays."""
+        names_by_kind: dict[tuple, list[str]] = defaultdict(list)
+        for name, column in self._columns.items():
+            if not column.is_meta:
+                names_by_kind[column.dtype, column.tensor_dtype, column.shape].append(name)
+        stacks = []
+        for (dtype, tensor_dtype, shape), names in names_by_kind.items():
+            # torch gathers no uint16: it is kept as int16, whose bits are read as what they are when they are widened.
+            unsigned = dtype == np.uint16
+            columns = [torch.from_numpy(self._arrays.pop(name).view(np.int16 if unsigned else dtype)) for name in names]
+            values = torch.empty((self.num_samples, len(names), *shape), dtype=columns[0].dtype, device=self.device)
+            for i, column in enumerate(columns):
+                values[:, i] = column
+            stacks.append(_Stack(names, values, tensor_dtype, 0xFFFF if unsigned else None))
+        return stacks
 
     def _windows(self, rng: np.random.Generator):
         """Yields arrays and the number of rows in them; the next window fills the same arrays."""
@@ -289,6 +428,7 @@ def _columns(feature_map, path: Path, task: str | list[str]) -> dict[str, _Colum
             else:  # meta columns have no vocabulary in FuxiCTR's feature map and may hold wide ids
                 dtype = file[name].dtype
                 column = _Column(shape, dtype, torch.int64 if dtype.itemsize == 8 else torch.int32)
+            column.is_meta = spec["type"] == "meta"
             columns[name] = column
     return columns
 

@@ -1,0 +1,259 @@
+"""How a training step gets faster or smaller: precision, compiled and captured steps, one-kernel updates, checkpoints.
+
+`flowctr.training.Engine` puts these together; each works alone, and each is off or exact by default.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from fuxictr.pytorch.layers import FeatureEmbeddingDict
+from fuxictr.pytorch.models import BaseModel
+from fuxictr.pytorch.torch_utils import get_regularizer
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.utils.checkpoint import checkpoint
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+Batch = Mapping[str, Tensor]
+
+
+# Precision
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises ValueError if a precision is unknown or the GPU lacks it."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} must be one of {', '.join(PRECISIONS)}")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"precision=bf16 needs a GPU with bfloat16, of compute capability 8.0 or more; {device} has none: use fp32"
+        )
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Lets float32 matrix products round their factors to TF32, if asked for; puts the global setting back."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Returns the context of a forward pass: matrix products in bfloat16, if asked for."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def widen_logits(activations: nn.Module) -> None:
+    """Makes output activations compute in float32: a bfloat16 probability near 1 is 1, and its loss infinite."""
+    for activation in activations.modules():
+        activation.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+
+
+def widened(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives a model's outputs in float32, as torch's loss functions want them."""
+    return {
+        name: value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+        for name, value in outputs.items()
+    }
+
+
+# Compiled and captured steps
+
+
+class CompiledForward:
+    """Runs a model's forward compiled, once for training and once for evaluation.
+
+    That is for batches with the most rows so far. Smaller ones, such as the last of an epoch, run as they are: they are
+    not worth a compilation.
+
+    Args:
+        model: The model.
+        forward: What it computes: a batch to named outputs.
+    """
+
+    def __init__(self, model: BaseModel, forward: Callable[[Batch], dict[str, Any]]):
+        self.model = model
+        self.forward = forward
+        self.compiled = torch.compile(forward, dynamic=False)
+        self.rows = 0
+
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """Computes the outputs.
+
+        Raises:
+            RuntimeError: If this machine cannot compile.
+        """
+        if row_count(batch) < self.rows:
+            return self.forward(batch)
+        self.rows = row_count(batch)
+        try:
+            return self.compiled(batch)
+        except TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)
+            raise RuntimeError(
+                f"compile: true does not work for {type(self.model).__name__} on this machine; it needs a C++ compiler "
+                f"such as g++, and on a GPU triton: install them, or turn it off ({cause})"
+            ) from error
+
+
+class GraphedStep:
+    """Replays a captured training step: forward, backward, clipping and update go to the GPU in one launch.
+
+    The first steps run as they are, which lets libraries choose their kernels; then one step is captured. Batches of
+    another shape than the first, such as the last of an epoch, run as they are. A changed learning rate is captured
+    anew.
+
+    Args:
+        model: A model on a GPU whose ``train_step`` does not read values back from the device.
+
+    Raises:
+        ValueError: If the optimiser counts its steps on the host: the captured step would repeat one count for ever.
+    """
+
+    WARM_UP_STEPS = 3
+
+    def __init__(self, model: BaseModel):
+        self.model = model
+        self.steps = 0
+        self.shapes: dict[str, torch.Size] = {}
+        self.rates: list[float] = []
+        optimizer = model.optimizer
+        if "capturable" not in optimizer.defaults and not isinstance(optimizer, torch.optim.SGD):
+            raise ValueError(f"cuda_graphs cannot capture {type(optimizer).__name__}; use adam or SGD, or turn it off")
+        for group in optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True  # keeps the step counter on the device
+                for parameter in group["params"]:
+                    state = optimizer.state.get(parameter, {})  # of an earlier fit
+                    if "step" in state:
+                        state["step"] = state["step"].to(parameter.device)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Trains on a batch that lies on the device and returns its loss."""
+        self.steps += 1
+        shapes = {name: values.shape for name, values in batch.items()}
+        self.shapes = self.shapes or shapes
+        if self.steps <= self.WARM_UP_STEPS or shapes != self.shapes:
+            return self.model.train_step(batch)
+        rates = [group["lr"] for group in self.model.optimizer.param_groups]
+        if rates != self.rates:
+            self._capture(batch)
+            self.rates = rates
+        torch._foreach_copy_(list(self.inputs.values()), [batch[name] for name in self.inputs])  # one launch, not many
+        self.graph.replay()
+        return self.loss
+
+    def _capture(self, batch: Batch) -> None:
+        on_device = {name: values for name, values in batch.items() if values.device == self.model.device}
+        self.inputs = {name: values.clone() for name, values in on_device.items()}
+        self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
+        self.graph = torch.cuda.CUDAGraph()
+        with (  # thread_local: the loader's thread may go on copying batches meanwhile
+            torch.cuda.device(self.model.device),  # on which the capture's stream is made
+            torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+        ):
+            self.loss = self.model.train_step(self.inputs).detach()
+
+
+# Update and penalty
+
+
+def fused_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Rebuilds an optimiser that has taken no step yet, so that its whole update is one kernel.
+
+    Raises:
+        ValueError: If torch has no fused form of it.
+    """
+    if "fused" not in optimizer.defaults:
+        raise ValueError(f"fused_optimizer: torch has no fused {type(optimizer).__name__}; use adam, or turn it off")
+    groups = [{**group, "fused": True} for group in optimizer.param_groups]
+    return type(optimizer)(groups, lr=optimizer.defaults["lr"], fused=True)
+
+
+class Penalty(torch.autograd.Function):
+    """``weight / p * sum_w |w|^p`` over a list of parameters, with the gradient ``weight * sign(w) |w|^(p - 1)``.
+
+    FuxiCTR differentiates one norm per parameter, in several passes over each.
+    """
+
+    @staticmethod
+    def forward(ctx, p: int, weight: float, *parameters: Tensor) -> Tensor:
+        """Computes the penalty for p = 1 or 2."""
+        ctx.p, ctx.weight = p, weight
+        ctx.save_for_backward(*parameters)
+        return weight / p * torch.stack(torch._foreach_norm(parameters, p)).pow(p).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales the parameters, or their signs."""
+        slopes = ctx.saved_tensors if ctx.p == 2 else torch._foreach_sign(ctx.saved_tensors)
+        return None, None, *torch._foreach_mul(slopes, ctx.weight * gradient)
+
+
+def penalties(
+    model: BaseModel, embedding_regularizer: float | str | None, net_regularizer: float | str | None
+) -> list[tuple[int, float, list[nn.Parameter]]]:
+    """Lists what FuxiCTR's regularisation is made of: norm, weight and the parameters, tables apart from the others."""
+    in_tables = {
+        id(parameter)
+        for module in model.modules()
+        if type(module) is FeatureEmbeddingDict  # as FuxiCTR tells them
+        for parameter in module.parameters()
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tables = [parameter for parameter in trained if id(parameter) in in_tables]
+    others = [parameter for parameter in trained if id(parameter) not in in_tables]
+    return [
+        (p, weight, parameters)
+        for regularizer, parameters in ((embedding_regularizer, tables), (net_regularizer, others))
+        for p, weight in get_regularizer(regularizer)
+        if parameters
+    ]
+
+
+# Large batches and long sequences
+
+
+def join_batches(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """Concatenates every ``count`` batches to one; at the end, as many as are left."""
+    batches = iter(batches)
+    while group := list(islice(batches, count)):
+        yield group[0] if len(group) == 1 else {name: torch.cat([b[name] for b in group]) for name in group[0]}
+
+
+def split_batch(batch: Batch, count: int) -> list[Batch]:
+    """Cuts a batch into at most ``count`` parts of equal size, the last one may be smaller."""
+    columns = [[(name, part) for part in values.chunk(count)] for name, values in batch.items()]
+    return [dict(part) for part in zip(*columns)]
+
+
+def row_count(batch: Batch) -> int:
+    """Counts the rows of a batch."""
+    return len(next(iter(batch.values())))
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Makes every block of the model's own ``ModuleList`` attributes forget its activations and compute them again.
+
+    What remains in memory until the backward pass is what enters and leaves a block.
+
+    Raises:
+        ValueError: If the model has no such blocks.
+    """
+    lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
+    blocks = [block for blocks in lists for block in blocks if any(True for _ in block.parameters())]
+    if not blocks:
+        raise ValueError(
+            f"activation_checkpointing: {type(model).__name__} has no ModuleList of blocks as an attribute; turn it off"
+        )
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
