@@ -30,8 +30,7 @@ from queue import SimpleQueue
 
 import numpy as np
 import yaml
-from flowctr import config
-from flowctr.experiment import result_line
+from flowctr import config, experiment
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,10 +42,14 @@ METRICS = ("AUC", "gAUC", "logloss", "NE")
 class Job:
     """One run of a study: an experiment with some settings overridden, and a seed."""
 
-    model: str
+    config_dir: Path
     expid: str
     seed: int
     overrides: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def model_dir(self) -> Path:
+        return self.config_dir.parent
 
     @property
     def arguments(self) -> list[str]:
@@ -54,23 +57,34 @@ class Job:
         return ["--expid", self.expid, "--seed", str(self.seed), *(part for text in sets for part in ("--set", text))]
 
     def result(self) -> dict | None:
-        """Reads the newest result of this run."""
-        folder = REPOSITORY / "model_zoo" / self.model / "results"
-        for path in sorted(folder.glob(f"{self.expid}-s{self.seed}-*.json"), reverse=True):
+        """Reads the newest result of this run, made with the configuration that it has now."""
+        wanted = None
+        for path in sorted((self.model_dir / "results").glob(f"{self.expid}-s{self.seed}-*.json"), reverse=True):
             result = json.loads(path.read_text())
             if _what(shlex.split(result["command"])[2:]) == self.arguments:
-                return {**result, "path": path}
+                wanted = wanted or self._config()
+                if all(result["config"].get(key) == value for key, value in wanted.items()):
+                    return {**result, "path": path, "command": shlex.join(["python", self._script, *self.arguments])}
         return None
+
+    @property
+    def _script(self) -> str:
+        return f"{self.model_dir.relative_to(REPOSITORY)}/run_expid.py"
+
+    def _config(self) -> dict:
+        """Gives the configuration as a result holds it, without what says where it ran."""
+        params = config.load(self.config_dir, self.expid, [*self.arguments[5::2], f"seed={self.seed}"])
+        kept = {key: value for key, value in params.items() if key not in ("model_id", "model_root", "verbose")}
+        return json.loads(json.dumps(experiment.portable(kept)))
 
     def run(self, gpu: int) -> str | None:
         """Runs it in a process of its own; returns what went wrong."""
         checkpoints = REPOSITORY / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
-        script = f"model_zoo/{self.model}/run_expid.py"
         # Trials of one experiment and seed would share a checkpoint.
         with tempfile.TemporaryDirectory(prefix="study-", dir=checkpoints) as scratch:
             where = ["--gpu", str(gpu), "--set", f"model_root={Path(scratch).relative_to(REPOSITORY)}"]
-            command = [sys.executable, script, *self.arguments, *where]
+            command = [sys.executable, self._script, *self.arguments, *where]
             done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
         return f"{shlex.join(command)}\n{done.stderr[-2000:]}" if done.returncode else None
 
@@ -84,11 +98,11 @@ def _what(arguments: list[str]) -> list[str]:
 def jobs(folder: Path, phase: str) -> list[Job]:
     """Lists the runs of one phase of a study; those after ``tune`` have the best trial's settings."""
     study = read(folder)
-    model, base, seeds = Path(study["base_config"]).parent.name, study["base_expid"], study["seeds"]
+    config_dir, base, seeds = REPOSITORY / study["base_config"], study["base_expid"], study["seeds"]
     if phase == "tune":
         grid = list(itertools.product(*([(key, value) for value in v] for key, v in study["tuner_space"].items())))
         chosen = random.Random(seeds[0]).sample(grid, min(study["trials"], len(grid)))
-        return [Job(model, base, seeds[0], trial) for trial in chosen]
+        return [Job(config_dir, base, seeds[0], trial) for trial in chosen]
     best = dict(ranked(folder)[0][0].overrides)
     if phase == "final":
         settings = [(base, best)]
@@ -96,7 +110,7 @@ def jobs(folder: Path, phase: str) -> list[Job]:
         settings = [(expid, _unless_ablated(best, study, expid)) for expid in study["ablations"]]
         sweeps = [(key, value) for key, values in study["sweeps"].items() for value in values]
         settings += [(base, {**best, key: value}) for key, value in sweeps if best.get(key) != value]
-    return [Job(model, expid, seed, tuple(overrides.items())) for expid, overrides in settings for seed in seeds]
+    return [Job(config_dir, expid, seed, tuple(overrides.items())) for expid, overrides in settings for seed in seeds]
 
 
 def _unless_ablated(best: dict, study: dict, expid: str) -> dict:
@@ -106,13 +120,21 @@ def _unless_ablated(best: dict, study: dict, expid: str) -> dict:
 
 
 def ranked(folder: Path) -> list[tuple[Job, dict]]:
-    """Gives the trials that have run, with their results, the best on the validation data first."""
+    """Gives the trials with their results, the best on the validation data first."""
     select = read(folder)["select"]
-    trials = [(job, job.result()) for job in jobs(folder, "tune")]
-    done = [(job, result) for job, result in trials if result]
-    if not done:
-        raise ValueError(f"{folder}: no trial has a result yet; run phase tune first")
-    return sorted(done, key=lambda trial: -trial[1]["metrics"]["valid"][select])
+    return sorted(results(folder, "tune"), key=lambda trial: -trial[1]["metrics"]["valid"][select])
+
+
+def results(folder: Path, phase: str) -> list[tuple[Job, dict]]:
+    """Gives the runs of a phase with their results, all of them or none."""
+    found = [(job, job.result()) for job in jobs(folder, phase)]
+    missing = [job for job, result in found if result is None]
+    if missing:
+        sys.exit(
+            f"{folder}: {len(missing)} of {len(found)} runs of phase {phase} have no result with this configuration in "
+            f"{missing[0].model_dir / 'results'}; run them first, as {shlex.join(missing[0].arguments)}"
+        )
+    return found
 
 
 def read(folder: Path) -> dict:
@@ -146,12 +168,10 @@ def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -
 def write(folder: Path) -> None:
     """Writes what the result files say into the folder of a study."""
     study = read(folder)
-    done = {phase: [(job, job.result()) for job in jobs(folder, phase)] for phase in ("final", "variants")}
-    done = {phase: [(job, result) for job, result in pairs if result] for phase, pairs in done.items()}
-    done["tune"] = ranked(folder)
+    done = {"tune": ranked(folder), "final": results(folder, "final"), "variants": results(folder, "variants")}
     for phase, name in (("tune", "tuner_config.csv"), ("final", "results.csv"), ("variants", "variants.csv")):
         if done[phase]:
-            (folder / name).write_text("".join(f"{result_line(result)}\n" for _, result in done[phase]))
+            (folder / name).write_text("".join(f"{experiment.result_line(result)}\n" for _, result in done[phase]))
     shutil.rmtree(folder / "results", ignore_errors=True)
     (folder / "results").mkdir()
     for _, result in done["final"]:
@@ -189,7 +209,7 @@ def page(folder: Path, study: dict, done: dict[str, list[tuple[Job, dict]]]) -> 
             ]
         ),
         "## Results",
-        "Mean and standard deviation over the seeds"
+        "Mean and sample standard deviation over the seeds"
         + (f"; `@{scenario}` is the mean over the scenarios." if scenario else "."),
     ]
     columns = [(split, metric) for split in ("valid", "test") for metric in METRICS]
@@ -198,7 +218,10 @@ def page(folder: Path, study: dict, done: dict[str, list[tuple[Job, dict]]]) -> 
     ]
     parts.append(markdown(["", *map(" ".join, columns)], rows))
     if done["variants"]:
-        parts += ["## Ablations and sweeps", "Test data; one thing changed at a time, the same seeds."]
+        parts += [
+            "## Ablations and sweeps",
+            "Test data; one thing changed at a time, the same seeds.",
+        ]
         variants: dict[tuple, list[dict]] = {}
         for job, result in done["final"] + done["variants"]:
             variants.setdefault((job.expid, job.overrides), []).append(result)
@@ -230,10 +253,10 @@ def value_of(result: dict, split: str, target: str, metric: str) -> float | None
 
 
 def spread(values: list[float | None]) -> str:
-    """Shows mean and standard deviation, or a single value."""
+    """Shows mean and sample standard deviation, or a single value."""
     if None in values:  # undefined, as gAUC is where no user has both classes
         return "–"
-    return f"{np.mean(values):.4f} ± {np.std(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
 def _variants_table(study: dict, targets: list[str], variants: dict[tuple, list[dict]], best: dict) -> str:

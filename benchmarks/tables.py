@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 from study import markdown, read, spread, targets_of, value_of
 
 HERE = Path(__file__).parent
@@ -36,20 +37,19 @@ def table(name: str) -> str:
 
 
 def studies(dataset_id: str) -> str:
-    """Lists the studies on a data set, the best on the test data first: mean and standard deviation over the seeds."""
+    """Lists the studies on a data set, the best on the test data first: mean and deviation over the seeds."""
+    folders = [path.parent for path in HERE.glob("*/*/tuner_config.yaml")]
+    folders = [folder for folder in folders if read(folder)["dataset_id"] == dataset_id]
+    finals = {f: [json.loads(path.read_text()) for path in sorted((f / "results").glob("*.json"))] for f in folders}
+    *_, summary = targets = targets_of(finals[folders[0]][0])
+    columns = [(target, "AUC") for target in targets if "@" not in target or target == summary]
+    columns += [(summary, "gAUC"), (summary, "NE")]
     rows = []
-    for folder in (path.parent for path in HERE.glob("*/*/tuner_config.yaml")):
-        if read(folder)["dataset_id"] == dataset_id:
-            finals = [json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))]
-            targets = targets_of(finals[0])
-            shown = [target for target in targets if "@" not in target or target == targets[-1]]
-            name, link = read(folder)["base_expid"], folder.relative_to(HERE)
-            columns = [(target, "AUC") for target in shown] + [(targets[-1], "gAUC"), (targets[-1], "NE")]
-            values = [[value_of(result, "test", *column) for result in finals] for column in columns]
-            sizes = f"{finals[0]['parameters']['non_embedding']:,}"
-            rows.append([f"[{name}]({link}/README.md)", len(finals), *map(spread, values), sizes])
-    rows.sort(key=lambda row: row[len(shown) + 1], reverse=True)
-    return markdown(["experiment", "seeds", *(f"{t} {m}" for t, m in columns), "parameters"], rows)
+    for folder in sorted(folders, key=lambda f: -np.mean([value_of(r, "test", summary, "AUC") for r in finals[f]])):
+        values = [spread([value_of(result, "test", *column) for result in finals[folder]]) for column in columns]
+        size = f"{finals[folder][0]['parameters']['non_embedding']:,}"
+        rows.append([f"[{folder.name}]({folder.relative_to(HERE)}/README.md)", len(finals[folder]), *values, size])
+    return markdown(["experiment", "seeds", *map(" ".join, columns), "parameters"], rows)
 
 
 def runs(dataset_id: str) -> str:

@@ -1,5 +1,6 @@
 """One run, top to bottom: configuration, data, model, training, evaluation, result."""
 
+import hashlib
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ from flowctr import config, stages
 from flowctr._fuxictr import fuxictr_origin
 from flowctr.data import H5DataLoader, build_h5, load_feature_map, scenario_names
 from flowctr.report import metrics_table
-from flowctr.training import accelerate
+from flowctr.training import MAX_LOGGED_SCENARIOS, accelerate
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import seed_everything
@@ -127,7 +128,7 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
         "seed": params["seed"],
         "started": started.astimezone().isoformat(timespec="seconds"),
         "command": _command(),
-        "config": _portable(params),
+        "config": portable(params),
         "labels": feature_map.labels,
         "metrics": metrics,
         "ne_base": "train",
@@ -138,7 +139,7 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
         "wall_seconds": time.perf_counter() - clock,
         "peak_memory_bytes": _peak_memory(model.device),
         "data": {"manifest": _manifest_digest(feature_map)},
-        "kept_flows": _kept_flows(model, valid_data),
+        "kept_flows": _kept_flows(model, valid_data or train_data),
         **_environment(model.device),
     }
     console = Console()
@@ -168,26 +169,23 @@ def _train(
         The model of the last stage, and the records of the stages before it.
     """
     model_class = accelerate(model_class)
-
-    def fit(parameters: dict[str, Any], validation_data: H5DataLoader | None) -> BaseModel:
+    data = _data_digest(feature_map, train_data)
+    all_stages = model_class.stages(params) if hasattr(model_class, "stages") else {}
+    selected = stages.select(all_stages, params.get("stage", stages.ALL), data) if all_stages else {"train": params}
+    *earlier, last = all_stages or selected
+    model = None
+    for name, parameters in selected.items():
+        logging.info("******** Stage %s ********", name)
         seed_everything(params["seed"])  # a stage is the same whether the ones before it ran just now or earlier
         train_data.epoch = 0
+        del model  # its memory is the next one's
         model = model_class(feature_map, **parameters)
         logging.info("Parameters: %s", _count_parameters(model))
-        model.fit(train_data, validation_data=validation_data, **parameters)
-        return model
-
-    if not hasattr(model_class, "stages"):
-        return fit(params, valid_data), {}
-    data = _manifest_digest(feature_map)
-    all_stages = model_class.stages(params)
-    *earlier, last = all_stages
-    for name, stage in stages.select(all_stages, params.get("stage", stages.ALL), data).items():
-        logging.info("******** Stage %s ********", name)
-        stages.forget(stage)
-        model = fit(stage, valid_data if name == last else None)
         if name != last:
-            stages.finish(stage, data, {"curves": model.history})
+            stages.forget(parameters)  # not earlier: settings that the constructor refuses must not cost a search
+        model.fit(train_data, validation_data=valid_data if name == last else None, **parameters)
+        if name != last:
+            stages.finish(parameters, data, {"curves": model.history})
     return model, {other: stages.read(all_stages[other]) for other in earlier if other != name}
 
 
@@ -205,15 +203,15 @@ def _command() -> str:
     script, *arguments = sys.argv
     if not script.endswith(".py"):
         return shlex.join([Path(script).name, *arguments])
-    return shlex.join(["python", _portable(os.path.abspath(script)), *arguments])
+    return shlex.join(["python", portable(os.path.abspath(script)), *arguments])
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """Gives paths inside the repository relative to it, so that a result says nothing of the machine."""
     if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
+        return {key: portable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
+        return [portable(item) for item in value]
     if isinstance(value, str) and value.startswith(f"{config.REPOSITORY}{os.sep}"):
         return os.path.relpath(value, config.REPOSITORY)
     return value
@@ -276,20 +274,26 @@ def _commit() -> str | None:
         return None
 
 
+def _data_digest(feature_map: FeatureMap, train_data: H5DataLoader) -> str:
+    """Tells the training data from others: the manifest's digest, or sizes and times of files that come without one."""
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in train_data.files]
+    return _manifest_digest(feature_map) or hashlib.sha256(repr(files).encode()).hexdigest()
+
+
 def _manifest_digest(feature_map: FeatureMap) -> str | None:
     """The digest of what the data set was built from; None for h5 files that flowctr did not build."""
     path = Path(feature_map.data_dir) / "manifest.json"
     return json.loads(path.read_text())["digest"] if path.exists() else None
 
 
-def _kept_flows(model: BaseModel, data: H5DataLoader | None) -> dict[str, Any] | None:
+def _kept_flows(model: BaseModel, data: H5DataLoader) -> dict[str, Any] | None:
     """Measures the share of rows that keep each flow, by scenario and label, of a model that gates flows."""
-    if data is None or not hasattr(model, "kept_flows"):
+    shares = model.kept_flows(data) if hasattr(model, "kept_flows") else None  # (scenarios, K, flows)
+    if shares is None:
         return None
-    shares = model.kept_flows(data)  # (scenarios, K, flows)
     labels = model.feature_map.labels
     names = list(scenario_names(model.feature_map, model.scenario).values())[: len(shares)]
-    for scenario, by_label in zip(names, shares):
+    for scenario, by_label in zip(names[:MAX_LOGGED_SCENARIOS], shares):
         for label, by_flow in zip(labels, by_label):
             kept = ", ".join(f"{flow} {share:.3f}" for flow, share in zip(model.FLOWS, by_flow))
             logging.info("Kept flows, %s=%s, %s: %s", model.scenario, scenario, label, kept)

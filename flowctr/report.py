@@ -354,7 +354,9 @@ def _mask_picture(kept: dict | None) -> Markup | None:
     if kept is None:
         return None
     shares = np.array(kept["kept"], dtype=float)  # (scenarios, labels, flows); nan for a scenario without rows
-    figure = Figure(figsize=(1.2 + 2.0 * len(kept["labels"]), 1.5 + 0.22 * len(shares)), layout="constrained")
+    figure = Figure(
+        figsize=(1.2 + 2.0 * len(kept["labels"]), 1.5 + 0.22 * min(len(shares), MAX_TICKS)), layout="constrained"
+    )
     panels = figure.subplots(1, len(kept["labels"]), sharey=True, squeeze=False)[0]
     for number, (axes, label) in enumerate(zip(panels, kept["labels"])):
         image = axes.imshow(shares[:, number], aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="none")
@@ -362,7 +364,7 @@ def _mask_picture(kept: dict | None) -> Markup | None:
         axes.spines[:].set_visible(False)
         axes.set_xticks(range(len(kept["flows"])), kept["flows"], rotation=90)
         axes.set_yticks(*_ticks([f"{kept['scenario']}={value}" for value in kept["scenarios"]]))
-        for (row, column), share in np.ndenumerate(shares[:, number]):
+        for (row, column), share in np.ndenumerate(shares[:, number] if len(shares) <= MAX_TICKS else []):
             ink = "#ffffff" if not share > 0.6 else "#000000"  # readable on both ends of viridis
             axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color=ink)
     figure.colorbar(image, ax=list(panels), label="kept", pad=0.02, aspect=15).outline.set_visible(False)

@@ -6,6 +6,7 @@ one of them, ``stage: both`` all that are not done yet.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 ALL = "both"
 # What a stage without validation does not depend on, or depends on by its data's digest.
 NO_EFFECT = {
-    *("gpu", "verbose", "model_root", "model_id", "stage", "num_workers", "pin_memory", "metrics", "group_id"),
+    *("gpu", "verbose", "model_root", "model_id", "stage", "num_workers", "pin_memory", "data_on_device"),
+    *("metrics", "group_id"),
     *("monitor", "monitor_mode", "early_stop_patience", "eval_steps", "save_best_only", "reduce_lr_on_plateau"),
     *("data_root", "train_data", "valid_data", "test_data"),
 }
@@ -34,9 +36,18 @@ def select(stages: Mapping[str, dict[str, Any]], wanted: str, data: str | None) 
     Raises:
         ValueError: If the wanted stage does not exist, or one before it is absent or was made with other settings.
     """
-    *earlier, last = stages
+    *earlier, _ = stages
     if wanted == ALL:
-        return {name: stages[name] for name in stages if name == last or differences(stages[name], data) != []}
+        done = 0
+        for name in earlier:
+            found = differences(stages[name], data)
+            if found:
+                logging.info("Stage %s was made with other settings and is made again: %s", name, "; ".join(found))
+            if found != []:
+                break
+            logging.info("Stage %s is done already, with these settings", name)
+            done += 1
+        return dict(list(stages.items())[done:])
     if wanted not in stages:
         raise ValueError(f"stage {wanted!r} does not exist here; this experiment has {', '.join(stages)}")
     for name in earlier[: list(stages).index(wanted)]:

@@ -130,6 +130,32 @@ def test_with_a_linear_middle_the_flows_add_up_to_the_full_logit():
     assert (full - flows.sum(dim=-1) + biases).abs().max() > 0.1, "with a rectified middle it is an approximation"
 
 
+def test_every_flow_has_its_name():
+    """``A to B`` changes with unit A of the scenario stage and unit B of the task stage, and with no other."""
+    model = with_specific_units(build()).double().eval()
+    batch = toy_batch(toy_feature_map(LABELS), rows=3)
+    units = {
+        "shared to": model.scenario_layers[0].shared.bias,
+        "scenario to": model.scenario_layers[0].specific.bias,
+        "to shared": model.task_tail.layers[0].shared.bias,
+        "to task": model.task_tail.layers[0].specific.bias,
+    }
+
+    def flows():
+        with torch.no_grad():
+            z = model.bottom(model.embed(model.tokens, batch))
+            return model.full_and_flows(z, model.choose_scenario(batch))[1]
+
+    for part, bias in units.items():
+        before = flows()
+        with torch.no_grad():
+            bias += 1.0
+        changed = (flows() != before).flatten(0, 1).any(dim=0).tolist()
+        assert [name for name, moved in zip(model.FLOWS, changed) if moved] == [
+            name for name in model.FLOWS if name.startswith(part) or name.endswith(part)
+        ]
+
+
 def test_specific_units_start_at_zero():
     model, batch = build(), toy_batch(toy_feature_map(LABELS))
     model.reset_parameters()
@@ -156,8 +182,10 @@ def test_the_loss_adds_the_penalty_of_each_task():
     torch.testing.assert_close(retrained.compute_loss(predictions, y_true), plain)
 
 
-def test_the_gate_network_has_its_own_rate_and_no_decay_and_leaves_the_embedding_alone():
-    model, batch = build(learning_rate=1e-2, weight_decay=0.1), toy_batch(toy_feature_map(LABELS))
+@pytest.mark.parametrize("optimizer", ["adam", "AdamW"])
+def test_the_gate_network_has_its_own_rate_and_no_decay_and_leaves_the_embedding_alone(optimizer):
+    model = build(learning_rate=1e-2, weight_decay=0.1, optimizer=optimizer)
+    batch = toy_batch(toy_feature_map(LABELS))
     weights, gates = model.optimizer.param_groups
     assert (weights["lr"], weights["weight_decay"]) == (1e-2, 0.1)
     assert (gates["lr"], gates["weight_decay"]) == (pytest.approx(1e-4), 0)
@@ -250,7 +278,7 @@ def test_without_gates_there_is_one_stage_and_nothing_is_removed(tmp_path):
         full, _ = model.full_and_flows(x, model.choose_scenario(batches[0]))
         torch.testing.assert_close(torch.logit(model(batches[0])["like_pred"][:, 0]), full[:, 1], atol=1e-4, rtol=1e-4)
     assert not [name for name, _ in model.named_parameters() if name.startswith("gate_")]
-    assert (model.kept_flows(batches)[:2] == 1).all()
+    assert model.kept_flows(batches) is None
 
 
 def test_kept_flows_are_counted_by_scenario(tmp_path):
@@ -321,6 +349,43 @@ def test_a_retraining_needs_the_search_with_its_settings(runs):
         runs("stage=search", "gates=false")
 
 
+@pytest.mark.parametrize("setting", ["search_weight_decay=0.1", "rewind_epoch=0", "gamma=7", "batch_size=128"])
+def test_every_setting_of_the_search_counts(runs, setting):
+    runs("stage=search", "seed=9")
+    name = setting.partition("=")[0].removeprefix("search_")
+    with pytest.raises(ValueError, match=f"other settings: .*{name} was"):
+        runs("stage=retrain", "seed=9", setting)
+
+
+def test_the_data_of_the_search_count(runs, monkeypatch):
+    runs("stage=search", "seed=9")
+    monkeypatch.setattr(experiment, "_manifest_digest", lambda feature_map: "other data")
+    with pytest.raises(ValueError, match="other settings: data was"):
+        runs("stage=retrain", "seed=9")
+
+
+def test_a_setting_that_the_model_refuses_leaves_the_search_alone(runs):
+    runs("stage=search", "seed=9")
+    with pytest.raises(ValueError, match="rank must be"):
+        runs("seed=9", "rank=0")
+    assert runs("stage=retrain", "seed=9")["metrics"]
+
+
+def test_a_penalty_for_each_task_comes_from_the_configuration(runs):
+    assert runs("stage=search", "gate_penalty=[0.1, 0.2]", "search_epochs=2")["config"]["gate_penalty"] == [0.1, 0.2]
+    with pytest.raises(ValueError, match="'gate_penalty' must be a number of at least 0"):
+        runs("gate_penalty=[0.1, -0.2]")
+    with pytest.raises(ValueError, match="missing key 'scenario'"):
+        runs("scenario=null")
+    with pytest.raises(ValueError, match="unknown key 'searched'"):
+        runs("searched=/nowhere")
+
+
+def test_more_epochs_than_the_rewind_epoch_are_needed():
+    with pytest.raises(ValueError, match="rewinds to epoch 2, counted from 0, of 2 epochs"):
+        build(rewind_epoch=2).start_epoch(0, 2)
+
+
 def test_a_search_is_forgotten_before_it_is_made_again(runs, monkeypatch):
     """A run killed in its second search leaves no record that fits a checkpoint of the first."""
     runs("stage=search", "seed=8")
@@ -341,6 +406,10 @@ def test_a_search_is_forgotten_before_it_is_made_again(runs, monkeypatch):
         ({"rewind_epoch": 3}, "search_epochs=3, rewind_epoch=3"),
         ({"search_epochs": 1, "rewind_epoch": 0}, "at least 2 epochs"),
         ({"gamma": 0}, "gamma must be above 0; got 0"),
+        ({"rewind_epoch": 1.5}, "rewind_epoch=1.5"),
+        ({"gate_learning_rate_factor": -1}, "gate_learning_rate_factor must be above 0; got -1"),
+        ({"scenario_hidden_units": []}, "scenario_hidden_units must list at least one width; got"),
+        ({"bottom_hidden_units": (8, 0)}, "bottom_hidden_units must be a whole number of at least 1; got 0"),
         ({"rank": 0}, "rank must be a whole number of at least 1; got 0"),
         ({"gate_penalty": [1.0, 2.0]}, "gate_penalty has 2 values for 3 labels"),
     ],

@@ -45,7 +45,7 @@ def test_a_study_has_the_mean_over_its_seeds(tables):
     results = [json.loads(path.read_text())["metrics"]["test"] for path in folder.glob("results/*.json")]
     assert len(results) == 3
     values = [result["is_like_AUC"] for result in results]
-    assert f"{np.mean(values):.4f} ± {np.std(values):.4f}" in tables.table("studies kuairand_pure_window")
+    assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in tables.table("studies kuairand_pure_window")
     lines = (folder / "results.csv").read_text().splitlines()
     assert [f"is_like_AUC: {value:.6f}" in line for line in lines for value in values].count(True) >= 3
 
@@ -60,6 +60,10 @@ def test_every_study_page_is_what_its_lines_say():
         select = re.compile(rf"\[val\].*?\b{study['select']}: ([\d.]+)")
         scores = [float(select.search(line)[1]) for line in trials]
         assert len(scores) == study["trials"] and scores == sorted(scores, reverse=True)
+        variants = folder / "variants.csv"
+        ran = re.findall(r"\[exp_id\] (\w+)", variants.read_text()) if variants.exists() else []
+        for expid in study.get("ablations", []):
+            assert ran.count(expid) == len(study["seeds"])
         params = config.load(Path(study["base_config"]), study["base_expid"])
         command = shlex.split(re.search(r"\[command\] (.*?),\[exp_id\]", trials[0])[1])
         best = dict(text.split("=") for option, text in pairwise(command) if option == "--set")

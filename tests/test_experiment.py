@@ -515,7 +515,7 @@ def test_paths_in_the_repository_are_given_relative_to_it():
     path = str(experiment.config.REPOSITORY / "data" / "x")
     columns = [{"name": ("item", "cate"), "pretrained_emb": path}]
     inside = {"train_data": path, "feature_cols": columns, "seeds": [1], "other": "/elsewhere/y"}
-    assert experiment._portable(inside) == {
+    assert experiment.portable(inside) == {
         "train_data": "data/x",
         "feature_cols": [{"name": ["item", "cate"], "pretrained_emb": "data/x"}],
         "seeds": [1],

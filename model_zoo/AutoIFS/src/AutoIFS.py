@@ -8,6 +8,7 @@ Differs from the paper and its code:
   * Sequences, which the paper's data do not have, enter as the mean of each column's events.
   * All numeric fields share one token; the paper cuts each into buckets with an embedding.
   * A row of a scenario that training has not seen runs through the shared units alone.
+  * Each field has an embedding table of its own, xavier-uniform; the code draws one table for all fields.
   * Batches are shuffled anew in each epoch, gradients are clipped, and early stopping can watch any metric.
 """
 
@@ -77,7 +78,8 @@ class AutoIFS(MultiTaskModel):
         gpu=-1,
         task="binary_classification",
         behaviors=None,
-        scenario=None,
+        *,
+        scenario,
         stage="both",
         searched=None,
         gates=True,
@@ -105,8 +107,10 @@ class AutoIFS(MultiTaskModel):
         super().__init__(feature_map, model_id=model_id, gpu=gpu, task=task, **kwargs)
         check_options(stage=(stage, STAGES))
         check_positive(rank=rank)
+        _check_widths(bottom_hidden_units=bottom_hidden_units, scenario_hidden_units=scenario_hidden_units)
         self.rewind_epoch = search_epochs - 1 if rewind_epoch is None else rewind_epoch
-        _check_search(search_epochs, self.rewind_epoch, gamma)
+        if gates:
+            _check_search(search_epochs, self.rewind_epoch, gamma, gate_learning_rate_factor)
         self.scenario = scenario
         self.num_scenarios = _count_scenarios(feature_map, scenario)
         self.searches = gates and stage != "retrain"
@@ -203,13 +207,15 @@ class AutoIFS(MultiTaskModel):
         groups = [{"params": list(self._weights().values()), "weight_decay": self.weight_decay}]
         if self.searches:
             gate_lr = lr * self.gate_learning_rate_factor
-            groups.append({"params": list(self.gate_network.parameters()), "lr": gate_lr})
+            groups.append({"params": list(self.gate_network.parameters()), "lr": gate_lr, "weight_decay": 0.0})
         self.optimizer = type(self.optimizer)(groups, lr=lr)
 
     def start_epoch(self, epoch, epochs):
         """Raises the temperature from 1 to gamma over the epochs of the search, and keeps the weights to rewind to."""
         if not self.searches:
             return
+        if epochs <= self.rewind_epoch:
+            raise ValueError(f"the search rewinds to epoch {self.rewind_epoch}, counted from 0, of {epochs} epochs")
         self.temperature.fill_(self.gamma ** (epoch / max(1, epochs - 1)))
         if epoch == self.rewind_epoch:
             for name, weight in self._weights().items():
@@ -242,8 +248,10 @@ class AutoIFS(MultiTaskModel):
             data_generator: Batches.
 
         Returns:
-            Shares ``(scenarios, K, 4)``; nan for a scenario without rows.
+            Shares ``(scenarios, K, 4)``, nan for a scenario without rows; None without gates.
         """
+        if self.gate_network is None:
+            return None
         self.eval()
         kept = torch.zeros(self.num_scenarios, self.num_tasks * len(FLOWS), device=self.device)
         rows = torch.zeros(self.num_scenarios, 1, device=self.device)
@@ -289,14 +297,25 @@ def _count_scenarios(feature_map, scenario):
     return spec["vocab_size"] - 2
 
 
-def _check_search(search_epochs, rewind_epoch, gamma):
-    if search_epochs < 2 or not 0 <= rewind_epoch < search_epochs:
+def _check_widths(**widths):
+    for name, values in widths.items():
+        if not values:
+            raise ValueError(f"{name} must list at least one width; got {values!r}")
+        for value in values:
+            check_positive(**{name: value})
+
+
+def _check_search(search_epochs, rewind_epoch, gamma, gate_learning_rate_factor):
+    whole = isinstance(search_epochs, int) and isinstance(rewind_epoch, int)
+    if not whole or search_epochs < 2 or not 0 <= rewind_epoch < search_epochs:
         raise ValueError(
             "a search takes at least 2 epochs and rewinds to the start of one of them, counted from 0; got "
             f"search_epochs={search_epochs}, rewind_epoch={rewind_epoch}"
         )
     if gamma <= 0:
         raise ValueError(f"gamma must be above 0; got {gamma}")
+    if gate_learning_rate_factor <= 0:
+        raise ValueError(f"gate_learning_rate_factor must be above 0; got {gate_learning_rate_factor}")
 
 
 def _per_task(penalty, num_tasks):
