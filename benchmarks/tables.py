@@ -30,7 +30,7 @@ def filled(page: str) -> str:
 
 def table(name: str) -> str:
     """Builds one table: what a speed script measured, the studies on a data set, or its single runs."""
-    speed = {"data": data_speed, "scaling": scaling, "pairs": pairs}
+    speed = {"data": data_speed, "scaling": scaling, "pairs": pairs, "training": training}
     if name in speed:
         return speed[name]()
     return studies(name.removeprefix("studies ")) if name.startswith("studies ") else runs(name)
@@ -122,6 +122,21 @@ def scaling() -> str:
         memory = f"{first['peak_bytes'] / 2**20:,.0f} to {last['peak_bytes'] / 2**20:,.0f}"
         rows.append([fit["model"], fit["axis"], sizes, seconds, memory, f"{fit['exponent']:.2f}"])
     return markdown(["model", "against", "sizes", "seconds a step", "peak MiB", "exponent"], rows)
+
+
+def training() -> str:
+    """Lists what `benchmarks/speed/training.py` measured last."""
+    result = json.loads((HERE / "speed" / "results" / "training.json").read_text())
+    rows = []
+    for model, measured in result["models"].items():
+        for name, run in measured.items():
+            if "error" in run:
+                rows.append([model, name, run["error"].splitlines()[0], *["–"] * 4])
+                continue
+            ratios = ["–" if run[key] is None else f"{run[key]:.2f}" for key in ("over_fuxictr", "over_plain")]
+            peak = "–" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e9:.2f}"
+            rows.append([model, name, f"{run['rows_per_second']:,.0f}", *ratios, peak, f"{run['loss_difference']:.0e}"])
+    return markdown(["model", "option", "rows/s", "over FuxiCTR", "over plain", "peak GB", "loss difference"], rows)
 
 
 def pairs() -> str:

@@ -236,6 +236,19 @@ def test_loaded_encoder_encodes_new_rows_as_the_build_did(params, tmp_path):
         assert values.dtype == built[name].dtype
 
 
+def test_loaded_encoder_takes_vectors(params, tmp_path):
+    for split in ("train", "valid", "test"):
+        frame = pl.read_csv(tmp_path / f"{split}.csv")
+        vectors = np.random.default_rng(len(frame)).normal(size=(len(frame), 3))
+        frame.with_columns(vector=pl.Series(vectors.tolist())).write_parquet(tmp_path / f"{split}.parquet")
+    vector = {"name": "vector", "active": True, "dtype": "float", "type": "embedding", "pretrain_dim": 3}
+    params.update(data_format="parquet", feature_cols=[vector, FEATURES[1]])
+    params.update({f"{split}_data": str(tmp_path / f"{split}.parquet") for split in ("train", "valid", "test")})
+    build_h5(params)
+    encoded = Encoder.load(tmp_path / "built" / "tiny").encode(pl.read_parquet(params["test_data"]))
+    np.testing.assert_array_equal(encoded["vector"], vectors.astype(np.float32))
+
+
 def test_indices_that_are_not_remapped_stay_as_they_are(params, tmp_path):
     pl.DataFrame(
         {"label": [0, 1, 0], "item": [4, 0, 9], "hist": ["1^2^3", None, "9"], "user": [7, 2**40, 7]}

@@ -51,7 +51,7 @@ ACCELERATIONS = {
     "fused": FUSED,
     "data_on_device": {"data_on_device": True},
     "checkpointing": {"activation_checkpointing": True},
-    "exact": {"cuda_graphs": True, "data_on_device": True},
+    "fp32 together": {"cuda_graphs": True, "data_on_device": True},
     "all": {"precision": "bf16", "compile": True, "cuda_graphs": True, "data_on_device": True, **FUSED},
 }
 QUICK = [name for name, options in ACCELERATIONS.items() if not {"compile", "cuda_graphs"} & set(options)]

@@ -151,7 +151,7 @@ class Encoder:
         data_dir = Path(data_dir)
         remedy = "build the data set again"
         manifest = read_json(data_dir / "manifest.json", ("settings", "encoders"), remedy)
-        cols = [c for c in manifest["settings"]["feature_cols"].values() if c["type"] != "meta"]
+        cols = [c for c in _feature_columns(manifest["settings"]) if c["type"] != "meta"]
         with_vocabulary = [c["name"] for c in cols if "key" in manifest["encoders"].get(c["name"], {})]
         vocabularies = read_json(data_dir / "feature_vocab.json", with_vocabulary, remedy)
         read_feature_map(data_dir)  # checks it
@@ -295,10 +295,7 @@ def encode_splits(
     """
     # Labels are never filled in unless `fill_na` says so; FuxiCTR would turn a missing label into 0.
     labels = [{"fill_na": None, **col} for col in settings["label_col"].values()]
-    features = [
-        {**col, "fill_na": None} if col["type"] == "embedding" else dict(col)
-        for col in settings["feature_cols"].values()
-    ]
+    features = _feature_columns(settings)
     processor = Processor(features, labels, dataset_id, str(data_root))
     try:
         frames = _read(processor, sources, settings)
@@ -449,6 +446,12 @@ def _as_index(name: str, value) -> int:
             f"column {name!r} has `remap: False`, so its values must be indices; got {value!r}; "
             "remove `remap: False` to have FuxiCTR number the values"
         ) from None
+
+
+def _feature_columns(settings: dict) -> list[dict]:
+    """Copies the feature columns as FuxiCTR's processor takes them: vectors are never filled in."""
+    columns = settings["feature_cols"].values()
+    return [{**col, "fill_na": None} if col["type"] == "embedding" else dict(col) for col in columns]
 
 
 def _tokenizer(col: dict, max_len: int) -> "fuxictr_processing.Tokenizer":
