@@ -1,0 +1,162 @@
+"""A trained experiment, found again: its parameters, its data set and the model with its weights."""
+
+import copy
+import glob
+import inspect
+import json
+import logging
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from flowctr import config
+from flowctr.data import H5DataLoader, build_h5, load_feature_map
+from flowctr.data.files import read_json
+from flowctr.training import accelerate
+from fuxictr.features import FeatureMap
+from fuxictr.pytorch.models import BaseModel, MultiTaskModel
+from torch import Tensor
+
+NO_EFFECT = {"gpu", "model_id", "stage"}  # constructor arguments that predictions do not depend on
+
+
+@dataclass
+class TrainedModel:
+    """A trained experiment.
+
+    Attributes:
+        expid: Experiment id.
+        params: Its parameters.
+        feature_map: FuxiCTR's FeatureMap of its data set.
+        files: The h5 files of its data set by split, None for a split that there is not.
+        digest: Digest of its data set; None for h5 files that flowctr did not build.
+        model: The model with its weights, in evaluation mode.
+    """
+
+    expid: str
+    params: dict[str, Any]
+    feature_map: FeatureMap
+    files: dict[str, str | None]
+    digest: str | None
+    model: BaseModel
+
+    def loader(self, path: str | Path, batch_size: int, others: Iterable[str] = ()) -> H5DataLoader:
+        """Opens encoded rows in their order: the columns that the model reads, all but labels and meta columns.
+
+        Args:
+            path: An h5 file of the data set; it may be larger than memory.
+            batch_size: Rows per batch.
+            others: Meta columns to read too.
+        """
+        feature_map = copy.copy(self.feature_map)
+        feature_map.labels = []
+        features = feature_map.features.items()
+        feature_map.features = {name: spec for name, spec in features if spec["type"] != "meta" or name in others}
+        return H5DataLoader(feature_map, path, split="test", batch_size=batch_size, streaming=True, pin_memory=False)
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels that the model predicts: a single-task model, the first of the data set."""
+        labels = self.feature_map.labels
+        return labels if isinstance(self.model, MultiTaskModel) else labels[:1]
+
+    def score(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Predicts from encoded columns.
+
+        Args:
+            columns: Ids ``(B,)`` or ``(B, T)`` and numbers ``(B,)``, as `loader` gives them.
+
+        Returns:
+            ``{"<label>_pred": (B, 1)}`` for each label, and ``"y_pred"`` if it is one.
+        """
+        predictions = self.model(columns)
+        if not isinstance(self.model, MultiTaskModel):
+            predictions = {f"{self.labels[0]}_pred": predictions["y_pred"]}
+        scores = {f"{label}_pred": predictions[f"{label}_pred"] for label in self.labels}
+        return scores if len(scores) > 1 else {**scores, "y_pred": scores[f"{self.labels[0]}_pred"]}
+
+
+def load_trained(
+    config_dir: str | Path,
+    expid: str,
+    src: ModuleType | None = None,
+    model_dir: str | Path | None = None,
+    gpu: int = -1,
+    overrides: Iterable[str] = (),
+) -> TrainedModel:
+    """Loads the model that a run of an experiment has trained; the last stage's, if it has stages.
+
+    Args:
+        config_dir: Config folder, see `flowctr.config.load`.
+        expid: Experiment id.
+        src: Module with the model class; ``flowctr.models.<model>`` by default.
+        model_dir: Folder of what the run wrote; the folder that contains ``config_dir`` by default.
+        gpu: GPU index, -1 for the CPU.
+        overrides: ``key=value`` each, those of the run.
+
+    Raises:
+        FileNotFoundError: If the experiment is not trained.
+        ValueError: If the configuration is wrong, there is no such GPU, or the weights belong to other settings or
+            another build of the data set.
+    """
+    overrides = list(overrides)
+    config_dir = Path(config_dir).resolve()
+    model_dir = Path(model_dir or config_dir.parent).resolve()
+    params = config.load(config_dir, expid, overrides, src)
+    model_id = f"{expid}-s{params['seed']}"
+    params.update(gpu=gpu, model_id=model_id, model_root=str(model_dir / params["model_root"]))
+    if gpu >= torch.cuda.device_count():
+        raise ValueError(
+            f"--gpu {gpu} does not exist; this machine has {torch.cuda.device_count()} GPUs; -1 is the CPU"
+        )
+    weights = Path(params["model_root"]) / params["dataset_id"] / f"{model_id}.model"
+    if not weights.is_file():
+        command = ["flowctr", "run", params["model"], "--expid", expid, "--config", str(config_dir)]
+        command += [word for override in overrides for word in ("--set", override)]
+        raise FileNotFoundError(f"{expid} is not trained: there is no {weights}; train it with: {shlex.join(command)}")
+
+    files = build_h5(params)
+    feature_map = load_feature_map(params)
+    params.setdefault("num_tasks", len(feature_map.labels))
+    manifest = Path(feature_map.data_dir) / "manifest.json"
+    digest = read_json(manifest, ["digest"], "build the data set again")["digest"] if manifest.is_file() else None
+    model_class = config.model_class(params["model"], src)
+    if hasattr(model_class, "stages"):
+        params["stage"] = list(model_class.stages(params))[-1]
+    _compare_with_run(params, expid, model_dir, digest, inspect.signature(model_class.__init__).parameters)
+    params["activation_checkpointing"] = False  # a way to train, in the way of an export
+    model = accelerate(model_class)(feature_map, **params)
+    model.load_weights(weights)
+    model.eval()
+    return TrainedModel(expid, params, feature_map, files, digest, model)
+
+
+def _compare_with_run(
+    params: Mapping[str, Any], expid: str, model_dir: Path, digest: str | None, arguments: Iterable[str]
+) -> None:
+    """Compares with the result of the run, if it is there: other ids or settings may leave every shape as it is."""
+    run = None
+    for path in sorted((model_dir / "results").glob(f"{glob.escape(params['model_id'])}-*.json")):  # by time
+        result = read_json(path, ("expid", "seed", "config", "data"), "delete it")
+        folder = str(config.REPOSITORY / result["config"]["model_root"])
+        if (result["expid"], result["seed"], folder) == (expid, params["seed"], params["model_root"]):
+            run = result
+    if run is None:
+        return
+    if run["data"]["manifest"] != digest:
+        raise ValueError(
+            f"data set {params['dataset_id']} was built anew since {expid} was trained, so its ids may mean other "
+            "values; train again, or put back the data set"
+        )
+    here = json.loads(json.dumps(params, default=str))
+    differences = [
+        f"{key}={run['config'].get(key)!r}, here it is {here.get(key)!r}"
+        for key in arguments
+        if key not in NO_EFFECT and run["config"].get(key) != here.get(key)
+    ]
+    if differences:
+        logging.warning("%s was trained with %s", expid, "; ".join(differences))
