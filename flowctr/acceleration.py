@@ -125,6 +125,7 @@ class GraphedStep:
         self.model = model
         self.steps = 0
         self.shapes: dict[str, torch.Size] = {}
+        self.inputs: dict[str, Tensor] = {}
         self.rates: list[float] = []
         optimizer = model.optimizer
         if "capturable" not in optimizer.defaults and not isinstance(optimizer, torch.optim.SGD):
@@ -139,22 +140,25 @@ class GraphedStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Trains on a batch that lies on the device and returns its loss."""
-        self.steps += 1
         shapes = {name: values.shape for name, values in batch.items()}
         self.shapes = self.shapes or shapes
-        if self.steps <= self.WARM_UP_STEPS or shapes != self.shapes:
+        if shapes != self.shapes:
             return self.model.train_step(batch)
+        if not self.inputs:
+            on_device = {name: values for name, values in batch.items() if values.device == self.model.device}
+            self.inputs = {name: torch.empty_like(values) for name, values in on_device.items()}
+        torch._foreach_copy_(list(self.inputs.values()), [batch[name] for name in self.inputs])  # one launch, not many
+        self.steps += 1
+        if self.steps <= self.WARM_UP_STEPS:  # on the graph's inputs: for others a compiled forward is compiled anew
+            return self.model.train_step(self.inputs)
         rates = [group["lr"] for group in self.model.optimizer.param_groups]
         if rates != self.rates:
-            self._capture(batch)
+            self._capture()
             self.rates = rates
-        torch._foreach_copy_(list(self.inputs.values()), [batch[name] for name in self.inputs])  # one launch, not many
         self.graph.replay()
         return self.loss
 
-    def _capture(self, batch: Batch) -> None:
-        on_device = {name: values for name, values in batch.items() if values.device == self.model.device}
-        self.inputs = {name: values.clone() for name, values in on_device.items()}
+    def _capture(self) -> None:
         self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
         self.graph = torch.cuda.CUDAGraph()
         with (  # thread_local: the loader's thread may go on copying batches meanwhile

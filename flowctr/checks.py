@@ -187,6 +187,8 @@ KEY_CHECKS: dict[str, Check] = {
     "batch_size": _positive_integer,
     "epochs": _positive_integer,
     "eval_steps": _or_null(_positive_integer),
+    "checkpoint_steps": _or_null(_positive_integer),
+    "resume": _one_of(None, "auto"),
     "early_stop_patience": _positive_integer,
     "monitor_mode": _one_of("max", "min"),
     "max_gradient_norm": _positive_number,

@@ -1,18 +1,22 @@
-"""The command line: ``flowctr prepare | build | run | report``, and the ``run_expid.py`` of every model folder.
+"""The command line: ``flowctr prepare | build | run | export | predict | report`` and every model's ``run_expid.py``.
 
 The commands import what they need when they run, so that ``--help`` does not wait for torch.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from flowctr.trained import TrainedModel
 
 WRONG_INPUT, FAILED_RUN = 2, 1
 
@@ -23,8 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Model = Annotated[str, typer.Argument(help="Model, a folder of model_zoo.")]
+Expid = Annotated[str, typer.Option(help="Experiment id.")]
 Gpu = Annotated[int, typer.Option(help="GPU index, -1 for the CPU.")]
 Seed = Annotated[int | None, typer.Option(help="Seed instead of the configured one.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, as resume: auto does.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the configuration; a.b=1 reaches into a mapping."),
@@ -83,21 +90,63 @@ def build(
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(help="Model, a folder of model_zoo.")],
-    expid: Annotated[str, typer.Option(help="Experiment id.")],
+    model: Model,
+    expid: Expid,
+    config: Config = None,
+    gpu: Gpu = -1,
+    seed: Seed = None,
+    resume: Resume = False,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Run an experiment: train, evaluate, write the result."""
+    with _errors(debug):
+        _run(None, _model_folder(model), config, expid, gpu, seed, resume, overrides)
+
+
+@app.command()
+def export(
+    model: Model,
+    expid: Expid,
+    format: Annotated[str, typer.Option(help="torch_export or onnx.")],
+    out: Annotated[Path, typer.Option(help="File to write, such as model.pt2 or model.onnx.")],
+    config: Config = None,
+    seed: Seed = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Export the trained model of an experiment, and compare the file's predictions with the model's."""
+    with _errors(debug):
+        import flowctr.export
+
+        trained = _load_trained(model, config, expid, -1, seed, overrides)
+        exported = flowctr.export.export(trained, format, out)
+        rows = ", ".join(map(str, exported.rows))
+        print(f"checked on batches of {rows} rows: predictions differ by at most {exported.difference:.2g}")
+        print(exported.path)
+
+
+@app.command()
+def predict(
+    model: Model,
+    expid: Expid,
+    data: Annotated[Path, typer.Option(help="Rows to score: csv or parquet, or h5 of the experiment's data set.")],
+    out: Annotated[Path, typer.Option(help="csv or parquet file for the scores.")],
+    ids: Annotated[
+        list[str] | None, typer.Option("--id", metavar="COLUMN", help="Column to write beside the scores; repeatable.")
+    ] = None,
     config: Config = None,
     gpu: Gpu = -1,
     seed: Seed = None,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Run an experiment: train, evaluate, write the result."""
+    """Score the rows of a file with the trained model of an experiment."""
     with _errors(debug):
-        from flowctr.config import REPOSITORY, model_class
+        import flowctr.predict
 
-        model_class(model)
-        folder = REPOSITORY / "model_zoo" / model
-        _run(None, folder if folder.is_dir() else None, config, expid, gpu, seed, overrides)
+        rows = flowctr.predict.predict(_load_trained(model, config, expid, gpu, seed, overrides), data, out, ids or ())
+        print(f"{out}: {rows} rows")
 
 
 @app.command()
@@ -135,11 +184,12 @@ def run_expid(src: ModuleType, file: str) -> None:
         expid: Annotated[str, typer.Option(help="Experiment id.")] = f"{folder.name}_test",
         gpu: Gpu = -1,
         seed: Seed = None,
+        resume: Resume = False,
         overrides: Overrides = None,
         debug: Debug = False,
     ) -> None:
         with _errors(debug):
-            _run(src, folder, config, expid, gpu, seed, overrides)
+            _run(src, folder, config, expid, gpu, seed, resume, overrides)
 
     script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     script.command(help=f"Run an experiment of {folder.name}: train, evaluate, write the result.")(command)
@@ -158,12 +208,35 @@ def _run(
     expid: str,
     gpu: int,
     seed: int | None,
+    resume: bool,
     overrides: Sequence[str] | None,
 ) -> None:
     from flowctr import experiment
 
-    overrides = [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
+    overrides = [*_with_seed(overrides, seed), *(["resume=auto"] if resume else [])]
     experiment.run(_config_dir(config, folder), expid, src, folder, gpu, overrides)
+
+
+def _load_trained(
+    model: str, config: Path | None, expid: str, gpu: int, seed: int | None, overrides: Sequence[str] | None
+) -> "TrainedModel":
+    from flowctr.trained import load_trained
+
+    folder = _model_folder(model)
+    return load_trained(_config_dir(config, folder), expid, None, folder, gpu, _with_seed(overrides, seed))
+
+
+def _with_seed(overrides: Sequence[str] | None, seed: int | None) -> list[str]:
+    return [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])]
+
+
+def _model_folder(model: str) -> Path | None:
+    """Finds the folder of a model; none: it is installed without a checkout."""
+    from flowctr.config import REPOSITORY, model_class
+
+    model_class(model)
+    folder = REPOSITORY / "model_zoo" / model
+    return folder if folder.is_dir() else None
 
 
 def _config_dir(config: Path | None, folder: Path | None) -> Path:
@@ -185,6 +258,8 @@ def _errors(debug: bool) -> Iterator[None]:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if debug or not _is_expected(error):
             raise
+        if _is_told_elsewhere(error):
+            raise typer.Exit(FAILED_RUN) from error
         console = Console(stderr=True, soft_wrap=True)
         console.print(Text(f"error: {error or type(error).__name__}", style="bold red"))
         console.print("(--debug shows where it comes from)", style="dim")
@@ -195,7 +270,16 @@ def _is_expected(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return True
     import torch
+    from flowctr.distributed import ProcessError
     from flowctr.experiment import RunningError
+    from flowctr.export import ExportError
     from flowctr.training import TrainingError
 
-    return isinstance(error, (RunningError, TrainingError, torch.OutOfMemoryError))
+    return isinstance(error, (ExportError, ProcessError, RunningError, TrainingError, torch.OutOfMemoryError))
+
+
+def _is_told_elsewhere(error: Exception) -> bool:
+    """Says whether the first process of this machine tells of another's error, so that not all of them do."""
+    from flowctr.distributed import ProcessError
+
+    return isinstance(error, ProcessError) and os.environ.get("LOCAL_RANK", "0") != "0"

@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 REQUIRED_KEYS = ("model", "dataset_id", "metrics", "optimizer", "loss", "batch_size", "epochs", "seed")
 REQUIRED_DATASET_KEYS = ("data_root", "data_format", "train_data")
-DEFAULTS = {"model_root": "./checkpoints/", "verbose": 1, "shuffle": True}
+DEFAULTS = {"model_root": "./checkpoints/", "verbose": 1, "shuffle": True, "resume": None}
 DATASET_PATHS = ("data_root", "train_data", "valid_data", "test_data")
 # Read by name from the parameters: by build_h5, and the last three by FuxiCTR's FeatureMap.
 DATASET_KEYS = {

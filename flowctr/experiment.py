@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,11 @@ import flowctr
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from flowctr import config, stages
+from flowctr import config, distributed, stages
 from flowctr._fuxictr import fuxictr_origin
 from flowctr.data import H5DataLoader, build_h5, load_feature_map, scenario_names
 from flowctr.report import metrics_table
+from flowctr.resume import ResumeFile
 from flowctr.training import MAX_LOGGED_SCENARIOS, accelerate
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.models import BaseModel
@@ -51,7 +52,7 @@ def run(
     gpu: int = -1,
     overrides: Iterable[str] = (),
 ) -> Path:
-    """Runs one experiment and writes its result.
+    """Runs one experiment and writes its result; together with other processes if torchrun has launched them.
 
     Args:
         config_dir: Config folder, see `flowctr.config.load`.
@@ -59,27 +60,44 @@ def run(
         src: Module with the model class; ``flowctr.models.<model>`` by default.
         model_dir: Folder of what the run writes: checkpoint and log under ``model_root``, one line in
             ``<config folder's name>.csv``, ``results/``. The folder that contains ``config_dir`` by default.
-        gpu: GPU index, -1 for the CPU.
+        gpu: GPU index, -1 for the CPU; of several processes on a machine the others take the GPUs that follow.
         overrides: ``key=value`` each, see `flowctr.config.load`.
 
     Returns:
         Path of the result JSON.
 
     Raises:
-        ValueError: If the configuration or the data are wrong.
+        ValueError: If the configuration or the data are wrong, a run to resume had others, or there are too few GPUs
+            or rows for the processes.
         RunningError: If another process runs this experiment with the same seed and ``model_root``.
         OSError: If a file cannot be written, for a full disk among others.
         TrainingError: If the loss, a prediction or the monitored metric is not a number.
+        ProcessError: If another process of the run has failed.
     """
+    with distributed.process_group(gpu) as gpu:
+        return _run_locked(config_dir, expid, src, model_dir, gpu, overrides)
+
+
+def _run_locked(
+    config_dir: str | Path,
+    expid: str,
+    src: ModuleType | None,
+    model_dir: str | Path | None,
+    gpu: int,
+    overrides: Iterable[str],
+) -> Path:
     config_dir = Path(config_dir).resolve()
     model_dir = Path(model_dir or config_dir.parent).resolve()
     params = config.load(config_dir, expid, overrides, src)
     model_id = f"{expid}-s{params['seed']}"  # names checkpoint and log, so that seeds may run side by side
     params.update(gpu=gpu, model_id=model_id, model_root=str(model_dir / params["model_root"]))
+    if distributed.world_size() > 1:
+        params["world_size"] = distributed.world_size()
     checkpoints = Path(params["model_root"]) / params["dataset_id"]
     checkpoints.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(checkpoints / f".{model_id}.lock", timeout=0) if distributed.is_writer() else nullcontext()
     try:
-        with FileLock(checkpoints / f".{model_id}.lock", timeout=0):
+        with lock:
             return _run(params, expid, config_dir, model_dir, src)
     except Timeout as error:
         raise RunningError(
@@ -89,22 +107,28 @@ def run(
 
 
 def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, src: ModuleType | None) -> Path:
-    started, clock = datetime.now(), time.perf_counter()
+    started, clock = datetime.fromtimestamp(distributed.from_writer(time.time)), time.perf_counter()
     logging.raiseExceptions = False  # no traceback for each line that a log on a full disk cannot take
-    set_logger(params)
+    if distributed.is_writer():
+        set_logger(params)
+    else:
+        logging.basicConfig(format=f"process {distributed.rank()}: %(levelname)s %(message)s", force=True)
     logging.info("Params: %s", print_to_json(params))
     _check_gpu(params["gpu"])
 
-    files = build_h5(params)
+    files = distributed.from_writer(lambda: build_h5(params))
     feature_map = load_feature_map(params)
     params.setdefault("num_tasks", len(feature_map.labels))
 
-    def load(split: str) -> H5DataLoader | None:
-        return H5DataLoader(feature_map, files[split], split=split, **params) if files[split] else None
+    def load(split: str, **sharing: int) -> H5DataLoader | None:
+        return H5DataLoader(feature_map, files[split], split=split, **{**params, **sharing}) if files[split] else None
 
     # The test data too come before the training: what is wrong with them must not cost it.
-    train_data, valid_data = load("train"), load("valid")
-    test_data = valid_data if files["test"] == files["valid"] else load("test")
+    rank = distributed.rank()
+    train_data, valid_data = load("train", rank=rank), load("valid", rank=rank)
+    test_data = valid_data if files["test"] == files["valid"] else load("test", rank=rank)
+    if distributed.world_size() > 1:
+        _log_step_rows(params)
     model, earlier_stages = _train(
         config.model_class(params["model"], src), feature_map, params, train_data, valid_data
     )
@@ -120,6 +144,13 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
         logging.info("******** Test evaluation ********")
         metrics["test"] = model.evaluate(test_data)
 
+    name = f"{params['model_id']}-{started:%Y%m%d-%H%M%S-%f}"  # runs may start in the same second
+    path, lines = model_dir / "results" / f"{name}.json", model_dir / f"{config_dir.name}.csv"
+    if not distributed.is_writer():
+        return path
+    shown = valid_data or train_data
+    if distributed.world_size() > 1 and hasattr(model, "kept_flows"):  # is about all rows, not this process's part
+        shown = load("valid" if valid_data else "train", world_size=1)
     result = {
         "format": RESULT_FORMAT,
         "expid": expid,
@@ -139,18 +170,17 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
         "wall_seconds": time.perf_counter() - clock,
         "peak_memory_bytes": _peak_memory(model.device),
         "data": {"manifest": _manifest_digest(feature_map)},
-        "kept_flows": _kept_flows(model, valid_data or train_data),
+        "kept_flows": _kept_flows(model, shown),
         **_environment(model.device),
     }
     console = Console()
     console.print(metrics_table(result))  # before all writing, which may fail
-    name = f"{params['model_id']}-{started:%Y%m%d-%H%M%S-%f}"  # runs may start in the same second
-    path, lines = model_dir / "results" / f"{name}.json", model_dir / f"{config_dir.name}.csv"
     result["attention"] = _save_attention(model, valid_data, path.with_suffix(".npz"))
     with _checkpoint_kept(path, model.checkpoint):
         _write(path, lambda file: file.write(_to_json(result).encode()))
     with _checkpoint_kept(lines, model.checkpoint):
         _append_line(lines, result)
+    model.resume_file.remove()  # not earlier: a run that is killed before evaluates again, it does not train again
     console.print(f"result: {path}", soft_wrap=True)
     console.print(f"report: flowctr report {shlex.quote(str(path))} --out report", soft_wrap=True)
     return path
@@ -168,25 +198,50 @@ def _train(
     Returns:
         The model of the last stage, and the records of the stages before it.
     """
-    model_class = accelerate(model_class)
+    model_class, writes = accelerate(model_class), distributed.is_writer()
     data = _data_digest(feature_map, train_data)
     all_stages = model_class.stages(params) if hasattr(model_class, "stages") else {}
-    selected = stages.select(all_stages, params.get("stage", stages.ALL), data) if all_stages else {"train": params}
+    selected = {"train": params}
+    if all_stages:  # the writer looks what is done, before it begins
+        wanted = params.get("stage", stages.ALL)
+        names = distributed.from_writer(lambda: list(stages.select(all_stages, wanted, data)))
+        selected = {name: all_stages[name] for name in names}
     *earlier, last = all_stages or selected
+    resume_files = {name: ResumeFile(parameters, data) for name, parameters in selected.items()}
+    if params["resume"]:
+        for resume_file in resume_files.values():
+            resume_file.load()
+    for name in set(earlier) - set(selected) if writes else ():  # it is done: of a run that was killed right then
+        ResumeFile(all_stages[name], data).remove()
     model = None
     for name, parameters in selected.items():
         logging.info("******** Stage %s ********", name)
         seed_everything(params["seed"])  # a stage is the same whether the ones before it ran just now or earlier
-        train_data.epoch = 0
+        train_data.epoch = train_data.start_batch = 0
         del model  # its memory is the next one's
         model = model_class(feature_map, **parameters)
         logging.info("Parameters: %s", _count_parameters(model))
-        if name != last:
-            stages.forget(parameters)  # not earlier: settings that the constructor refuses must not cost a search
-        model.fit(train_data, validation_data=valid_data if name == last else None, **parameters)
-        if name != last:
+        # Not earlier: settings that the constructor refuses must not cost a search.
+        if name != last and writes:
+            stages.forget(parameters)
+        if not params["resume"] and writes:
+            for resume_file in resume_files.values():  # of later stages too: they will start from another one
+                resume_file.discard()
+        validation_data = valid_data if name == last else None
+        model.fit(train_data, validation_data=validation_data, resume_file=resume_files[name], **parameters)
+        if name != last and writes:
             stages.finish(parameters, data, {"curves": model.history})
+            resume_files[name].remove()
     return model, {other: stages.read(all_stages[other]) for other in earlier if other != name}
+
+
+def _log_step_rows(params: Mapping[str, Any]) -> None:
+    """States what several processes make of the batch size, and what they do not make of the learning rate."""
+    processes, rows, batches = params["world_size"], params["batch_size"], params.get("gradient_accumulation", 1)
+    logging.info(
+        "%d processes: a step takes %d rows (%d processes x %d batches x %d rows); the learning rate stays %s",
+        *(processes, processes * batches * rows, processes, batches, rows, params.get("learning_rate", "the model's")),
+    )
 
 
 def _check_gpu(gpu: int) -> None:

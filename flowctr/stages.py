@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowctr import resume
+
 ALL = "both"
-# What a stage without validation does not depend on, or depends on by its data's digest.
+# What a stage without validation does not depend on.
 NO_EFFECT = {
-    *("gpu", "verbose", "model_root", "model_id", "stage", "num_workers", "pin_memory", "data_on_device"),
-    *("metrics", "group_id"),
+    *resume.NO_EFFECT,
+    *("model_id", "stage", "metrics", "group_id"),
     *("monitor", "monitor_mode", "early_stop_patience", "eval_steps", "save_best_only", "reduce_lr_on_plateau"),
-    *("data_root", "train_data", "valid_data", "test_data"),
 }
 
 
@@ -70,12 +71,7 @@ def differences(stage: Mapping[str, Any], data: str | None) -> list[str] | None:
     path = _record(stage)
     if not path.is_file() or not _checkpoint(stage).is_file():
         return None
-    old, new = json.loads(path.read_text())["settings"], _settings(stage, data)
-    return [
-        f"{key} was {old.get(key, 'not set')} and is {new.get(key, 'not set')}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key)
-    ]
+    return resume.differences(json.loads(path.read_text())["settings"], _settings(stage, data))
 
 
 def read(stage: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,16 +17,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flowctr import acceleration
+from flowctr import acceleration, distributed
 from flowctr.acceleration import CompiledForward, GraphedStep
 from flowctr.data import scenario_names
 from flowctr.data.format import UNSEEN
 from flowctr.metrics import evaluate_metrics, evaluate_metrics_within
 from flowctr.names import nearest
+from flowctr.resume import START_ANEW, ResumeFile, random_state, set_random_state
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -37,6 +38,12 @@ MAX_LOGGED_SCENARIOS = 20
 OTHER_MONITOR = "monitor a metric that these validation data define, such as logloss, or take other data"
 # How torch's binary_cross_entropy reports a prediction that is nan: on the CPU, and on a GPU.
 NAN_PREDICTION = ("all elements of input should be between 0 and 1", "device-side assert triggered")
+
+# What a training goes on from besides weights, optimiser and random numbers: attributes with plain values.
+PROGRESS = (
+    *("_total_steps", "_epoch_index", "_stopping_steps", "_stop_training"),
+    *("_epoch_rows", "_step_rows", "history", "restored"),
+)
 
 Batches = Iterable[Mapping[str, Tensor]]
 Loss = Callable[..., Tensor]
@@ -131,14 +138,15 @@ class Engine:
         compile: Whether to compile the forward pass for training and evaluation (see `CompiledForward`). Dropout then
             draws other random numbers.
         cuda_graphs: Whether to replay a captured training step on a GPU (see `GraphedStep`); without effect on the
-            CPU. With ``compile``, the compiled step is captured.
+            CPU. With ``compile``, the compiled step is captured. Not with several processes.
         fused_optimizer: Whether to update in one kernel, for optimisers of which torch has such a form.
         fused_regularizer: Whether to compute FuxiCTR's regularisation in one pass over lists of parameters.
         gradient_accumulation: Batches of which a step takes the mean gradient. Their rows count the same, in the last
             step of an epoch, which may have fewer batches, too; every part of the step is normalised by its own batch
-            statistics. Steps, and with them ``eval_steps``, are updates.
+            statistics. Steps, and with them ``eval_steps`` and ``checkpoint_steps``, are updates.
         activation_checkpointing: Whether to compute the blocks' activations again in the backward pass instead of
             keeping them (see `acceleration.checkpoint_activations`); not with ``cuda_graphs``.
+        checkpoint_steps: Steps after which `fit` writes its resume file, besides the evaluations; None: only at those.
         loss_weight: How the losses of several labels add up: ``EQ`` sums them, a list has one weight for each label,
             ``UW`` learns the weights (see `UncertaintyLoss`).
         scenario: Categorical column within whose values the metrics are evaluated too; None: overall only. The model
@@ -168,6 +176,7 @@ class Engine:
         fused_regularizer: bool = False,
         gradient_accumulation: int = 1,
         activation_checkpointing: bool = False,
+        checkpoint_steps: int | None = None,
         loss_weight: str | Sequence[float] = "EQ",
         scenario: str | None = None,
         **kwargs,
@@ -180,6 +189,7 @@ class Engine:
         self.cuda_graphs = cuda_graphs
         self._precision = precision
         self._gradient_accumulation = gradient_accumulation
+        self._checkpoint_steps = checkpoint_steps
         self._fused_regularizer = fused_regularizer
         self._penalties: list | None = None  # known once the model is complete
         self._check_acceleration(activation_checkpointing)
@@ -206,6 +216,10 @@ class Engine:
             raise ValueError(
                 f"gradient_accumulation={parts}: {name} has a train_step of its own, which takes one batch"
             )
+        if distributed.world_size() > 1 and self.cuda_graphs:
+            raise ValueError("cuda_graphs cannot capture a step that several processes take together; turn it off")
+        if distributed.world_size() > 1 and super().train_step.__func__ is not BaseModel.train_step:
+            raise ValueError(f"{name} has a train_step of its own, which takes one process; start it without torchrun")
         penalties = (BaseModel.regularization_loss, MultiTaskModel.regularization_loss)
         if self._fused_regularizer and super().regularization_loss.__func__ not in penalties:
             raise ValueError(f"fused_regularizer: {name} has a regularization_loss of its own; turn it off")
@@ -283,21 +297,34 @@ class Engine:
     def train_step(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Trains on a batch as FuxiCTR does, or in as many parts as ``gradient_accumulation`` says.
 
+        Args:
+            batch: Rows; those of this process, maybe none, of a step that several take together.
+
         Returns:
-            The loss, the mean over the rows of the batch.
+            The loss, the mean over the rows of the batch, and of the other processes' batches.
         """
-        if self._gradient_accumulation == 1:
+        if self._gradient_accumulation == 1 and distributed.world_size() == 1:
             return super().train_step(batch)
         self.optimizer.zero_grad()
-        losses = []
-        for part in acceleration.split_batch(batch, self._gradient_accumulation):
-            share = acceleration.row_count(part) / acceleration.row_count(batch)
-            loss = share * self.compute_loss(self.forward(part), self.get_labels(part))
-            loss.backward()
-            losses.append(loss.detach())
+        rows, loss = acceleration.row_count(batch), torch.zeros((), device=self.device)
+        for part in acceleration.split_batch(batch, self._gradient_accumulation) if rows else ():
+            share = acceleration.row_count(part) / rows
+            part_loss = share * self.compute_loss(self.forward(part), self.get_labels(part))
+            part_loss.backward()
+            loss += part_loss.detach()
+        self._average_over_processes(loss, rows)
         nn.utils.clip_grad_norm_(self.parameters(), self._max_gradient_norm)
         self.optimizer.step()
-        return torch.stack(losses).sum()
+        return loss
+
+    def _average_over_processes(self, loss: Tensor, rows: int) -> None:
+        if distributed.world_size() == 1:
+            return
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # here, but maybe not in other processes
+                parameter.grad = torch.zeros_like(parameter)
+        distributed.mean_over_rows([loss, *(parameter.grad for parameter in trained)], rows)
 
     @_in_precision
     def fit(
@@ -306,11 +333,13 @@ class Engine:
         epochs: int = 1,
         validation_data: Batches | None = None,
         max_gradient_norm: float = 10.0,
+        resume_file: ResumeFile | None = None,
         **kwargs,
     ) -> None:
         """Trains, evaluates every ``eval_steps`` steps, stops early and restores the best weights.
 
-        Without validation data the last weights are kept.
+        Without validation data the last weights are kept. A training that goes on from a resume file ends like one that
+        was never interrupted, bit-equal on the CPU.
 
         Args:
             data_generator: Training batches, with a length; NE is normalised by its ``base_rates`` if it has them, and
@@ -318,12 +347,15 @@ class Engine:
             epochs: Epochs to train at most.
             validation_data: Validation batches.
             max_gradient_norm: Gradients are clipped to this norm.
+            resume_file: What to go on from, if it has a state, and where to keep it: at each evaluation, or where one
+                would be with validation data, and every ``checkpoint_steps`` steps. It needs the ``epoch`` and
+                ``start_batch`` of `H5DataLoader`.
             **kwargs: Other parameters of a configuration, which have no effect here.
 
         Raises:
             ValueError: If the monitored metric needs both classes of a label, of which the validation data have one,
-                or is of a scenario that training has not seen.
-            TrainingError: If a loss, a prediction or the monitored metric is not a number.
+                or is of a scenario that training has not seen, or the best weights of the run to resume are gone.
+            TrainingError: If a loss, a weight, a prediction or the monitored metric is not a number.
         """
         steps_per_epoch = -(-len(data_generator) // self._gradient_accumulation)
         self.history = {"train": [], "valid": []}
@@ -334,8 +366,10 @@ class Engine:
         self._leave_out_missing(getattr(data_generator, "may_be_missing", ()))
         self._evaluate_every = self._eval_steps or steps_per_epoch
         self._record_every = max(1, min(self._evaluate_every, steps_per_epoch) // CURVE_POINTS_PER_EVALUATION)
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._loss_steps = 0
+        # By step since the last record of the loss: the loss and the rows.
+        self._losses = torch.zeros(self._record_every, dtype=torch.float64, device=self.device)
+        self._step_rows: list[int] = []
+        self._epoch_rows = 0
         self._graphed_step = GraphedStep(self) if self.cuda_graphs and self.device.type == "cuda" else None
         # These have the names and meaning of BaseModel, whose train_step and checkpoint_and_earlystop use them.
         self._max_gradient_norm = max_gradient_norm
@@ -344,20 +378,29 @@ class Engine:
         self._stop_training = False
         self._total_steps = 0
         self._epoch_index = 0
+        self.resume_file = resume_file
+        self._join_processes(data_generator)
+        Path(f"{self.checkpoint}.tmp").unlink(missing_ok=True)  # of a run that was killed while it wrote
 
         logging.info("Start training: %d steps/epoch", steps_per_epoch)
-        for self._epoch_index in range(epochs):
-            logging.info("************ Epoch=%d start ************", self._epoch_index + 1)
-            if hasattr(self, "start_epoch"):
-                self.start_epoch(self._epoch_index, epochs)
+        in_epoch = resume_file is not None and resume_file.state is not None
+        if in_epoch:
+            self._continue_from(resume_file.state, data_generator, steps_per_epoch)
+        for epoch in range(self._epoch_index, epochs):
+            self._epoch_index = epoch
+            if self._stop_training:
+                break
+            if not in_epoch:
+                self._begin_epoch(epochs)
+            in_epoch = False
             try:
                 self.train_epoch(data_generator)
             except RuntimeError as error:
-                if any(sign in str(error) for sign in NAN_PREDICTION):
-                    raise self._diverged("predictions are nan", self._total_steps + 1) from error
+                if self._step_rows and any(sign in str(error) for sign in NAN_PREDICTION):
+                    last = len(self._step_rows) - 1
+                    first = last if self.device.type == "cpu" else 0  # a GPU reports it some steps later
+                    raise self._diverged("predictions are nan", first, last) from error
                 raise
-            if self._stop_training:
-                break
         logging.info("Training finished.")
         if self.valid_gen is None:
             self.save_weights(self.checkpoint)
@@ -366,6 +409,22 @@ class Engine:
             self.eval_step()
         logging.info("Load the best weights, epoch %(epoch)d, step %(step)d", self.restored)
         self.load_weights(self.checkpoint)
+
+    def _join_processes(self, data_generator: Batches) -> None:
+        """Starts from the writer's weights in every process; raises ValueError if the processes' steps differ."""
+        distributed.barrier()
+        batches = distributed.gather(len(data_generator))
+        if len(set(batches)) > 1:
+            raise ValueError(f"the processes have {batches} training batches; each needs the same number")
+        distributed.broadcast(self.state_dict().values())
+        if distributed.rank() > 0:  # dropout must not leave out the same for every process's rows
+            torch.manual_seed(torch.initial_seed() + distributed.rank())
+
+    def _begin_epoch(self, epochs: int) -> None:
+        logging.info("************ Epoch=%d start ************", self._epoch_index + 1)
+        self._epoch_rows = 0
+        if hasattr(self, "start_epoch"):
+            self.start_epoch(self._epoch_index, epochs)
 
     def _leave_out_missing(self, labels: Sequence[str]) -> None:
         """Puts `KnownLoss` around the loss of each label that may be missing, once."""
@@ -404,10 +463,8 @@ class Engine:
         batches = map(self._on_device, self._progress(data_generator, "train"))
         for batch in acceleration.join_batches(batches, self._gradient_accumulation):
             step = self.train_step if self._graphed_step is None else self._graphed_step
-            self._loss_sum += step(batch).detach()
-            self._loss_steps += 1
-            self._total_steps += 1
-            self._rows["train"] += len(batch[self.feature_map.labels[0]])
+            self._count_step(distributed.world_size() * acceleration.row_count(batch))
+            self._losses[len(self._step_rows) - 1] = step(batch).detach()
             if self._total_steps % self._record_every == 0:
                 self._record_loss()
             if self.valid_gen is not None and self._total_steps % self._evaluate_every == 0:
@@ -415,10 +472,65 @@ class Engine:
                 paused = time.perf_counter()
                 self.eval_step()
                 started += time.perf_counter() - paused
+            if self._is_resume_point():
+                now = time.perf_counter()
+                self._seconds["train"] += now - started
+                started = now
+                self._save_progress(data_generator)
             if self._stop_training:
                 break
         self._record_loss()
         self._seconds["train"] += time.perf_counter() - started
+
+    def _count_step(self, rows: int) -> None:
+        self._total_steps += 1
+        self._epoch_rows += rows
+        self._step_rows.append(rows)
+        self._rows["train"] += rows
+
+    def _is_resume_point(self) -> bool:
+        periods = (self._evaluate_every, self._checkpoint_steps)
+        due = any(period is not None and self._total_steps % period == 0 for period in periods)
+        return due and self.resume_file is not None
+
+    def _save_progress(self, data_generator: Batches) -> None:
+        """Writes all that the rest of the training depends on, unless it has come to nothing."""
+        self._read_losses()
+        random_states = distributed.gather(random_state(self.device))
+        if not torch.stack([weight.isfinite().all() for weight in self.parameters()]).all():
+            raise self._stopped(f"weights are nan or inf at step {self._total_steps} (epoch {self._epoch_index + 1})")
+        state = {
+            "weights": self.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
+            "random": random_states,
+            "loader_epoch": data_generator.epoch - 1,
+            "losses": self._losses,
+            "best_metric": float(self._best_metric),
+            "rows": dict(self._rows),
+            "seconds": dict(self._seconds),
+            **{name: getattr(self, name) for name in PROGRESS},
+        }
+        distributed.from_writer(lambda: self.resume_file.save(state))
+
+    def _continue_from(self, state: Mapping[str, Any], data_generator: Batches, steps_per_epoch: int) -> None:
+        """Puts back what `_save_progress` wrote."""
+        if state["restored"] and not Path(self.checkpoint).exists():
+            raise ValueError(f"{self.checkpoint}, the best weights of the run to resume, is gone; {START_ANEW}")
+        self.load_state_dict(state["weights"])
+        groups = self.optimizer.state_dict()["param_groups"]  # this run's: by which kernel to update may have changed
+        for group, rate in zip(groups, state["learning_rates"]):
+            group["lr"] = rate
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        set_random_state(state["random"][distributed.rank()], self.device)
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        self._losses.copy_(state["losses"])
+        self._best_metric = state["best_metric"]
+        self._rows, self._seconds = Counter(state["rows"]), Counter(state["seconds"])
+        steps = self._total_steps - self._epoch_index * steps_per_epoch
+        data_generator.epoch, data_generator.start_batch = state["loader_epoch"], steps * self._gradient_accumulation
+        logging.info("Resume after step %d, in epoch %d", self._total_steps, self._epoch_index + 1)
 
     def eval_step(self) -> None:
         """Evaluates on the validation data, saves the weights if they are the best, stops early if they stay worse."""
@@ -443,7 +555,7 @@ class Engine:
         undefined = [name for name in names if not math.isfinite(logs.get(name, math.nan))]
         if not undefined:
             return
-        one_class = [label for label, values in y_true.items() if values.min() == values.max()]
+        one_class = [label for label, values in y_true.items() if np.nanmin(values) == np.nanmax(values)]
         reason = ""
         if missing := [name for name in undefined if name not in logs]:
             reason = f"these validation data have no {missing[0]}, the nearest is {nearest(missing[0], logs)}; "
@@ -493,9 +605,11 @@ class Engine:
         Raises:
             OSError: If they cannot be written, for a full disk among others.
         """
-        path = Path(checkpoint)
+        distributed.from_writer(lambda: self._save_weights(Path(checkpoint)))
+
+    def _save_weights(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        unfinished = path.with_name(f"{path.name}.tmp")
         try:
             torch.save(self.state_dict(), unfinished)
             os.replace(unfinished, path)
@@ -530,22 +644,36 @@ class Engine:
         self.load_state_dict(weights)
 
     def _record_loss(self) -> None:
-        """Reads the mean loss since the last call: the only point where the training loop waits for the device."""
-        if not self._loss_steps:
+        """Records the mean loss since the last call: the only point where every training loop waits for the device."""
+        if not self._step_rows:
             return
-        loss = self._loss_sum.item() / self._loss_steps
-        if not math.isfinite(loss):
-            raise self._diverged(f"loss is {loss}", self._total_steps)
+        losses = self._read_losses()
+        loss = sum(losses) / len(losses)
         self.history["train"].append({"step": self._total_steps, "epoch": self._epoch_index + 1, "loss": loss})
         logging.info("Train loss: %.6f @step %d", loss, self._total_steps)
-        self._loss_sum.zero_()
-        self._loss_steps = 0
+        self._step_rows.clear()
 
-    def _diverged(self, what: str, step: int) -> TrainingError:
-        """Says between which steps it happened: those since the loss was last read."""
+    def _read_losses(self) -> list[float]:
+        """Copies the losses since the last record from the device; raises TrainingError if one is not a number."""
+        losses = self._losses[: len(self._step_rows)].tolist()
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise self._diverged(f"loss is {loss}", i, i)
+        return losses
+
+    def _diverged(self, what: str, first: int, last: int) -> TrainingError:
+        """Says where: in the ``first`` to the ``last`` of the steps since the loss was last recorded, from 0."""
+        step = self._total_steps - len(self._step_rows) + 1
+        row = self._epoch_rows - sum(self._step_rows[first:]) + 1
+        steps = f"at step {step + first}" if first == last else f"between steps {step + first} and {step + last}"
+        rows = f"rows {row} to {row + sum(self._step_rows[first : last + 1]) - 1} in its order"
+        return self._stopped(f"{what} {steps} (epoch {self._epoch_index + 1}, {rows})")
+
+    def _stopped(self, what: str) -> TrainingError:
+        """Adds what to do, and which weights are left."""
+        kept = f"; the best weights, of step {self.restored['step']}, are {self.checkpoint}" if self.restored else ""
         return TrainingError(
-            f"the training {what} between steps {self._total_steps - self._loss_steps + 1} and {step} "
-            f"(epoch {self._epoch_index + 1}); lower learning_rate, or look for nan and extreme values in the features"
+            f"the training {what}; lower learning_rate, or look for nan and extreme values in the features{kept}"
         )
 
     def _evaluate(
@@ -553,7 +681,23 @@ class Engine:
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Scores as `evaluate` does and gives the labels as well."""
         started = time.perf_counter()
-        y_true, y_pred, group_id, scenario = self._collect(data_generator)
+        rows = self._collect(data_generator)
+        y_true = rows[0]
+        logs = distributed.from_writer(lambda: self._score(*rows, data_generator, metrics))
+        self._rows["evaluate"] += len(next(iter(y_true.values())))
+        self._seconds["evaluate"] += time.perf_counter() - started
+        return logs, y_true
+
+    def _score(
+        self,
+        y_true: Mapping[str, np.ndarray],
+        y_pred: Mapping[str, np.ndarray],
+        group_id: np.ndarray | None,
+        scenario: np.ndarray | None,
+        data_generator: Batches,
+        metrics: Sequence[str],
+    ) -> dict[str, float]:
+        """Computes and logs the metrics of all labels."""
         scenarios = {} if scenario is None else self._scenarios_in(scenario, data_generator)
         scores = {}
         for label in y_true:
@@ -561,8 +705,7 @@ class Engine:
                 raise TrainingError(f"the model predicts nan or inf for {label}; lower learning_rate")
             may_be_missing = label in getattr(data_generator, "may_be_missing", ())
             known = ~np.isnan(y_true[label]) if may_be_missing else slice(None)
-            y_true[label] = y_true[label][known]
-            rows = y_true[label], y_pred[label][known]
+            rows = y_true[label][known], y_pred[label][known]
             groups = None if group_id is None else group_id[known]
             base_rate = self.base_rates[label] if self.base_rates else None
             scores[label] = evaluate_metrics(*rows, metrics, groups, base_rate)
@@ -570,13 +713,11 @@ class Engine:
             if scenario is not None:
                 within = evaluate_metrics_within(*rows, scenario[known], metrics, groups, base_rate)
                 scores[label] |= self._name_scenarios(label, within, scenarios, metrics)
-        self._rows["evaluate"] += len(y_pred[label])
-        self._seconds["evaluate"] += time.perf_counter() - started
         if len(scores) == 1:
-            return scores[label], y_true
+            return scores[label]
         logs = {f"{label}_{name}": value for label, values in scores.items() for name, value in values.items()}
         means = {name: float(np.mean([values[name] for values in scores.values()])) for name in scores[label]}
-        return {**logs, **means}, y_true
+        return {**logs, **means}
 
     def _scenarios_in(self, scenario: np.ndarray, data_generator: Batches) -> dict[int, str]:
         """Names the scenarios that occur, by id; says once for each data how many rows are of an unseen one."""
@@ -585,7 +726,7 @@ class Engine:
         if UNSEEN in rows and id(data_generator) not in self._told_unseen:
             self._told_unseen.add(id(data_generator))
             logging.warning(
-                "%d of %d rows have a %s that is missing, rare or not in training; %s=%s is in no mean over scenarios",
+                "%d of %d rows have an unknown %s (missing, rare or not in training); %s=%s is in no mean",
                 *(rows[UNSEEN], len(scenario), self._scenario, self._scenario, UNSEEN),
             )
         return {i: name for i, name in self._scenario_names.items() if name in rows}
@@ -617,6 +758,7 @@ class Engine:
         Each leaves the device once.
         """
         self.eval()
+        distributed.broadcast(self.buffers())  # the statistics of batch norms, which a checkpoint has from the writer
         outputs = self._outputs()
         y_true: dict[str, list[Tensor]] = {label: [] for label in outputs}
         y_pred: dict[str, list[Tensor]] = {label: [] for label in outputs}
@@ -634,10 +776,10 @@ class Engine:
             if self._scenario is not None:
                 scenarios.append(batch[self._scenario].flatten().clone())
         return (
-            {label: torch.cat(parts).double().cpu().numpy() for label, parts in y_true.items()},
-            {label: torch.cat(parts).double().cpu().numpy() for label, parts in y_pred.items()},
-            torch.cat(groups).cpu().numpy() if groups else None,
-            torch.cat(scenarios).cpu().numpy() if scenarios else None,
+            {label: _gathered(parts, torch.float64) for label, parts in y_true.items()},
+            {label: _gathered(parts, torch.float64) for label, parts in y_pred.items()},
+            _gathered(groups) if groups else None,
+            _gathered(scenarios) if scenarios else None,
         )
 
     def _outputs(self) -> dict[str, str]:
@@ -657,7 +799,13 @@ class Engine:
 
     def _progress(self, data_generator: Batches, what: str) -> Batches:
         """Shows the progress and the rate on a terminal, nothing in a log."""
-        return tqdm(data_generator, what, unit="batch", leave=False, disable=None if self._verbose else True)
+        shown = self._verbose and distributed.is_writer()
+        return tqdm(data_generator, what, unit="batch", leave=False, disable=None if shown else True)
+
+
+def _gathered(parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> np.ndarray:
+    """Concatenates what is on the device, and then what the processes have."""
+    return np.concatenate(distributed.gather(torch.cat(parts).to(dtype).cpu().numpy()))
 
 
 def _log_metrics(task: str, values: Mapping[str, float]) -> None:

@@ -285,7 +285,7 @@ def test_batches_are_copied_ahead_and_waited_for(folder, monkeypatch):
     plain, sending = (
         H5DataLoader(make_feature_map(folder), folder / "train", batch_size=96, shuffle=True) for _ in range(2)
     )
-    sent = sending._sent(sending._packed(np.random.default_rng([0, 0])))
+    sent = sending._sent(sending._packed(np.random.default_rng([0, 0]), first_row=0))
     for i, (batch, wanted) in enumerate(zip(sending._received(sent), plain, strict=True)):
         assert current.waited == list(range(1, i + 2))
         assert_equal_batches([batch], [wanted])

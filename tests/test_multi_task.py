@@ -82,5 +82,5 @@ def test_from_raw_tables_to_metrics_within_scenarios(params, tmp_path, caplog):
     assert found == pytest.approx(expected, rel=1e-6)
 
     unseen = int((raw["valid"]["tab"] == "7").sum())
-    assert caplog.text.count(f"{unseen} of 500 rows have a tab that is missing, rare or not in training") == 1
+    assert caplog.text.count(f"{unseen} of 500 rows have an unknown tab (missing, rare or not in training)") == 1
     assert caplog.text.count("Loss weights: click ") == len(model.history["valid"]) == 4

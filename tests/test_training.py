@@ -198,8 +198,10 @@ def test_curves_are_means_over_intervals(tmp_path):
 def test_loss_is_read_once_per_interval(tmp_path, monkeypatch):
     model = build(SingleTask, tmp_path, optimizer="SGD")  # Adam reads its step counter by item() on the CPU
     data = batches_of(model.feature_map, 40)
-    reads, item = [], torch.Tensor.item
-    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: reads.append(tensor) or item(tensor))
+    reads = []
+    for name in ("item", "tolist"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, read=read: reads.append(tensor) or read(tensor))
     model.fit(data, epochs=1)
     assert len(reads) == len(model.history["train"]) == 10
 
@@ -262,13 +264,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     model = build(SingleTask, tmp_path)
     data = batches_of(model.feature_map, 40)
     data[14]["age"][:] = math.nan
-    with pytest.raises(TrainingError, match=r"training predictions are nan between steps 13 and 15 \(epoch 1\)"):
+    with pytest.raises(TrainingError, match=r"training predictions are nan at step 15 \(epoch 1, rows 449 to 480"):
         model.fit(data, epochs=3)
     assert [point["step"] for point in model.history["train"]] == [4, 8, 12]
 
     model = build(SingleTask, tmp_path)  # a loss that torch does not look into
     model.loss_fn = lambda y_pred, y_true, reduction: (y_pred / 0 if model._total_steps == 15 else y_pred).mean()
-    with pytest.raises(TrainingError, match=r"training loss is inf between steps 13 and 16 \(epoch 1\)"):
+    with pytest.raises(TrainingError, match=r"training loss is inf at step 15 \(epoch 1, rows 449 to 480"):
         model.fit(batches_of(model.feature_map, 40), epochs=3)
 
 
@@ -319,9 +321,8 @@ def test_cuda_graphs_have_no_effect_on_the_cpu(tmp_path):
 class RecordedStep(GraphedStep):
     """Stands in for the GPU: what is captured is recorded, its replay computes on the captured inputs."""
 
-    def _capture(self, batch):
-        self.captured = [*getattr(self, "captured", []), len(batch["item"])]
-        self.inputs = {name: values.clone() for name, values in batch.items()}
+    def _capture(self):
+        self.captured = [*getattr(self, "captured", []), len(self.inputs["item"])]
         self.graph = self
 
     def replay(self):
@@ -334,6 +335,8 @@ def test_a_captured_step_sees_each_batch_and_learning_rate(tmp_path, optimizer):
     # the fourth step, which would be captured, is on a batch of another shape
     batches = [toy_batch(model.feature_map, rows=5 if i in (3, 8) else 32, seed=i) for i in range(12)]
     step = RecordedStep(graphed)
+    addresses, train_step = set(), graphed.train_step
+    graphed.train_step = lambda batch: addresses.add(batch["item"].data_ptr()) or train_step(batch)
     for each in (model, graphed):
         each._max_gradient_norm = 10.0
         for group in each.optimizer.param_groups:
@@ -347,6 +350,8 @@ def test_a_captured_step_sees_each_batch_and_learning_rate(tmp_path, optimizer):
         torch.manual_seed(i)
         assert step(batch).item() == expected.item(), i
     assert step.captured == [32, 32]  # at first, and for the lower learning rate
+    odd = {batches[3]["item"].data_ptr(), batches[8]["item"].data_ptr()}
+    assert addresses == {step.inputs["item"].data_ptr(), *odd}  # warm-up and replay read the same memory
 
 
 def test_an_optimizer_that_counts_steps_on_the_host_is_not_captured(tmp_path):
@@ -776,7 +781,7 @@ def test_metrics_within_scenarios(tmp_path, caplog, model_class):
     scores = model.evaluate(data)
     unseen = sum(int((batch["item"] == 29).sum()) for batch in data)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith(f"{unseen} of 600 rows have a value of item that training has not seen; item=unseen")
+    assert warning.startswith(f"{unseen} of 600 rows have an unknown item (missing, rare or not in training); item=")
 
     predictions = model.predict(data)
     plain = build(model_class, tmp_path, metrics=metrics)

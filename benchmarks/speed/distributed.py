@@ -20,15 +20,15 @@ import flowctr  # noqa: F401  before fuxictr
 from flowctr import distributed
 from flowctr.data import H5DataLoader
 from flowctr.training import accelerate
+from fuxictr.features import FeatureMap
 from fuxictr.pytorch.torch_utils import seed_everything
 from rich.console import Console
 from rich.table import Table
-
 from training import ACCELERATIONS, MODELS, SIZES, Stopwatch, environment, write_data
 
 MODEL = "InterFormer"
 NAMES = [name for name, options in ACCELERATIONS.items() if "cuda_graphs" not in options]
-LONGER = 5  # times the steps that training.py takes: the processes start together only after the warm-up
+LONGER = 3  # times the steps that training.py takes: only after some do the processes keep step
 
 
 def main() -> None:
@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=["plain"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "distributed.json")
-    parser.add_argument("--train", help=argparse.SUPPRESS)  # what a process that torchrun has launched shall do
+    # For a process that torchrun has launched: how to train, and on what.
+    parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     vars(args).update(SIZES[args.gpu >= 0], steps=LONGER * SIZES[args.gpu >= 0]["steps"])
     if args.train:
@@ -46,44 +48,42 @@ def main() -> None:
         return
     results = {"environment": environment(args, SIZES[args.gpu >= 0]), "processes": args.processes, "runs": {}}
     table = Table("", "rows/s of 1", f"rows/s of {args.processes}", "ratio", title=MODEL, title_justify="left")
-    for name in args.only:
-        turns = [[launch(args, name, processes) for processes in (1, args.processes)] for _ in range(args.turns)]
-        one, several = (statistics.median(rates) for rates in zip(*turns))
-        results["runs"][name] = {"one": one, "several": several, "ratio": several / one, "turns": turns}
-        table.add_row(name, f"{one:,.0f}", f"{several:,.0f}", f"{several / one:.2f}")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = argparse.Namespace(**{**vars(args), "batch_size": args.processes * args.batch_size})
+        write_data(Path(folder), rows).save(f"{folder}/columns.json")
+        for name in args.only:
+            turns = [[launch(args, name, n, Path(folder)) for n in (1, args.processes)] for _ in range(args.turns)]
+            one, several = (statistics.median(rates) for rates in zip(*turns))
+            results["runs"][name] = {"one": one, "several": several, "ratio": several / one, "turns": turns}
+            table.add_row(name, f"{one:,.0f}", f"{several:,.0f}", f"{several / one:.2f}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     Console().print(table)
     print(f"written: {args.out}")
 
 
-def launch(args, name: str, processes: int) -> float:
+def launch(args, name: str, processes: int, folder: Path) -> float:
     """Lets torchrun train with some processes and returns their rows per second."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     threads = max(1, len(os.sched_getaffinity(0)) // args.processes)  # the same for one process as for several
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rate.json"
-        command = [*launcher, __file__, "--gpu", str(args.gpu), "--train", name, "--out", str(out)]
-        subprocess.run(command, env=env, check=True)
-        rate = json.loads(out.read_text())
+    out = folder / "rate.json"
+    command = [*launcher, __file__, "--gpu", str(args.gpu), "--train", name, "--data", str(folder), "--out", str(out)]
+    subprocess.run(command, env=env, check=True)
+    rate = json.loads(out.read_text())
     print(f"{name}: {processes} processes, {rate:,.0f} rows/s", flush=True)
     return rate
 
 
 def train(args, acceleration: dict) -> None:
     """Trains one epoch together with the other processes; the writer writes the rows per second of all."""
-    with distributed.process_group(args.gpu) as gpu, tempfile.TemporaryDirectory() as folder:
+    with distributed.process_group(args.gpu) as gpu:
         sharing = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-        rows = argparse.Namespace(**{**vars(args), "batch_size": sharing["world_size"] * args.batch_size})
-        feature_map = write_data(Path(folder), rows)
+        feature_map = FeatureMap("random", str(args.data))
+        feature_map.load(str(args.data / "columns.json"), {})
         options = dict(acceleration)
-        loading = {
-            "batch_size": args.batch_size,
-            "shuffle": True,
-            "data_on_device": options.pop("data_on_device", False),
-        }
-        data = H5DataLoader(feature_map, Path(folder) / "train", gpu=gpu, **loading, **sharing)
+        loading = {"shuffle": True, "data_on_device": options.pop("data_on_device", False), **sharing}
+        data = H5DataLoader(feature_map, args.data / "train", batch_size=args.batch_size, gpu=gpu, **loading)
         model_class, arguments = MODELS[MODEL](args)
         seed_everything(0)
         model = accelerate(model_class)(
@@ -93,7 +93,7 @@ def train(args, acceleration: dict) -> None:
             embedding_dim=args.dim,
             embedding_regularizer=0.005,
             verbose=0,
-            model_root=folder,
+            model_root=str(args.data),
             metrics=["AUC"],
             **arguments,
             **options,

@@ -75,6 +75,11 @@ class H5DataLoader:
     buffer and copies it on a stream of its own, some batches ahead of the one that is asked for. With
     ``data_on_device`` nothing is copied any more: rows are gathered there, and widened only then.
 
+    Several processes share the work. Of the training split they take the same number of batches: the rows that one
+    process would have in a batch of ``world_size * batch_size`` are dealt to them as evenly as can be, in the order of
+    their ranks; where the last ones of an epoch are fewer than the processes, some get a batch of no rows. Of other
+    splits each process has a contiguous part of the rows and holds no others.
+
     Args:
         feature_map: FuxiCTR's FeatureMap of the data set.
         data_path: An h5 file (``.h5`` may be left out) or a folder of part files.
@@ -93,6 +98,8 @@ class H5DataLoader:
             is copied batch by batch instead, with a warning.
         task: FuxiCTR's task, or a list of one per label: labels of "binary_classification" must be in [0, 1], others
             finite.
+        rank: This process's number among those that share the work.
+        world_size: Their number.
         **kwargs: Other settings of FuxiCTR's loaders, ignored.
 
     Attributes:
@@ -100,13 +107,13 @@ class H5DataLoader:
         start_batch: First batch of the next epoch, 0 for all of them; set it and ``epoch`` to continue a run.
         base_rates: Mean of each label, over the rows that have it.
         may_be_missing: Labels that are NaN in rows that lack them.
-        num_samples, num_batches, num_blocks: Rows, batches and part files.
+        num_samples, num_batches, num_blocks: Rows of the split, batches of this process and part files.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a file is damaged, empty, or does not fit the feature map, a label does not fit its task
-            or is missing in every row, or the data shall be streamed and stay on the device at once. Streaming finds
-            wrong ids and labels while iterating.
+            or is missing in every row, the split has fewer rows than there are processes, or the data shall be streamed
+            and stay on the device at once. Streaming finds wrong ids and labels while iterating.
     """
 
     def __init__(
@@ -124,6 +131,8 @@ class H5DataLoader:
         gpu: int = -1,
         data_on_device: bool = False,
         task: str | list[str] = "binary_classification",
+        rank: int = 0,
+        world_size: int = 1,
         **kwargs,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -138,12 +147,25 @@ class H5DataLoader:
         self._columns = _columns(feature_map, self.files[0], task)
         digest = feature_map_digest(feature_map.data_dir)
         inspected = [_inspect(path, feature_map, self._columns, digest) for path in self.files]
-        self._file_rows = [rows for rows, _ in inspected]
-        self.num_samples = sum(self._file_rows)
+        file_rows = [rows for rows, _ in inspected]
+        self.num_samples = sum(file_rows)
         if self.num_samples == 0:
             raise ValueError(f"{data_path}: the {split} split has no rows")
+        if self.num_samples < world_size:
+            raise ValueError(
+                f"{data_path}: the {split} split has {self.num_samples} rows for {world_size} processes; each needs "
+                "one, start fewer"
+            )
+        first, stop = 0, self.num_samples
+        self._share, self._shares = rank, world_size  # of each batch that is dealt
+        if split != "train":
+            first, stop = _share(0, self.num_samples, rank, world_size)
+            self._share, self._shares = 0, 1
+        self._pieces = _pieces(file_rows, first, stop)
+        self._rows = stop - first  # held, or streamed through
+        self._dealt_rows = self._shares * batch_size
         self.num_blocks = len(self.files)
-        self.num_batches = -(-self.num_samples // batch_size)
+        self.num_batches = -(-self._rows // self._dealt_rows)
         self.may_be_missing = [label for label in feature_map.labels if self._columns[label].may_be_missing]
         self.base_rates = {}
         for label in feature_map.labels:
@@ -157,11 +179,12 @@ class H5DataLoader:
             self.base_rates[label] = sum(rows * mean for rows, mean in parts) / known
         row_bytes = sum(c.dtype.itemsize * c.width for c in self._columns.values())
         if streaming is None:
-            streaming = self.num_samples * row_bytes > _total_memory() / 2
+            held_by_all = world_size * self._rows * row_bytes
+            streaming = held_by_all > _total_memory() / 2
         self.streaming = streaming
-        window_rows = min(buffer_size or WINDOW_BYTES // row_bytes, self.num_samples)
+        window_rows = min(buffer_size or WINDOW_BYTES // row_bytes, self._rows)
         # Whole batches, so that only the last one of an epoch is smaller.
-        self._window_rows = max(1, -(-window_rows // batch_size)) * batch_size
+        self._window_rows = max(1, -(-window_rows // self._dealt_rows)) * self._dealt_rows
         self._ahead = bool(streaming or self.pin_memory or num_workers)
         self._arrays = None if streaming else self._load()
         self._widths: dict[tuple[torch.dtype, bool], int] = defaultdict(int)  # of a packed row, by buffer
@@ -178,7 +201,7 @@ class H5DataLoader:
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        first_row = self.start_batch * self.batch_size
+        first_row = self.start_batch * self._dealt_rows
         self.epoch, self.start_batch = self.epoch + 1, 0
         if self._stacks is not None:
             return self._gathered_on_device(rng, first_row)
@@ -188,13 +211,17 @@ class H5DataLoader:
         return map(self._unpack, _prefetch(packed) if self._ahead else packed)
 
     def _packed(self, rng: np.random.Generator, first_row: int) -> Iterator[_Packed]:
-        windows = self._windows(rng) if self.streaming else [(self._arrays, self.num_samples)]
+        windows = self._windows(rng) if self.streaming else [(self._arrays, self._rows)]
         for arrays, rows in windows:
             order = rng.permutation(rows) if self.shuffle else None
-            for start in range(min(first_row, rows), rows, self.batch_size):
-                batch = slice(start, min(rows, start + self.batch_size))
+            for batch in self._dealt(min(first_row, rows), rows):
                 yield self._pack(arrays, batch if order is None else order[batch])
             first_row = max(0, first_row - rows)
+
+    def _dealt(self, first_row: int, rows: int) -> Iterator[slice]:
+        """Yields the rows of each of this process's batches."""
+        for start in range(first_row, rows, self._dealt_rows):
+            yield slice(*_share(start, min(rows, start + self._dealt_rows), self._share, self._shares))
 
     def _pack(self, arrays: dict[str, np.ndarray], rows: slice | np.ndarray) -> _Packed:
         """Gathers rows, each column into its part of a buffer."""
@@ -240,10 +267,9 @@ class H5DataLoader:
 
     def _gathered_on_device(self, rng: np.random.Generator, first_row: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the batches of ``data_on_device``."""
-        order = rng.permutation(self.num_samples) if self.shuffle else np.arange(self.num_samples)
+        order = rng.permutation(self._rows) if self.shuffle else np.arange(self._rows)
         order_on_device = torch.from_numpy(order).to(self.device)  # once: a copy for each batch would wait for the step
-        for start in range(first_row, self.num_samples, self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        for rows in self._dealt(first_row, self._rows):
             batch = {}
             for name, array in self._arrays.items():
                 batch[name] = torch.from_numpy(np.take(array, order[rows], axis=0)).to(self._columns[name].tensor_dtype)
@@ -254,20 +280,20 @@ class H5DataLoader:
             yield {name: batch[name] for name in self._columns}
 
     def _load(self) -> dict[str, np.ndarray]:
-        arrays = self._allocate(self.num_samples)
+        arrays = self._allocate(self._rows)
         offset = 0
-        for path, rows in zip(self.files, self._file_rows):
-            with _open(path) as file:
-                for start in range(0, rows, READ_ROWS):
-                    stop = min(rows, start + READ_ROWS)
-                    self._read(file, start, stop, arrays, offset + start)
-            offset += rows
+        for i, first, last in self._pieces:
+            with _open(self.files[i]) as file:
+                for start in range(first, last, READ_ROWS):
+                    stop = min(last, start + READ_ROWS)
+                    self._read(file, start, stop, arrays, offset)
+                    offset += stop - start
         return arrays
 
     def _fits_on_device(self, split: str) -> bool:
         """Says whether all rows may be kept on the device; warns if not."""
         row_bytes = sum(c.dtype.itemsize * c.width for c in self._columns.values() if not c.is_meta)
-        needed = self.num_samples * row_bytes
+        needed = self._rows * row_bytes
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else _total_memory()
         fits = not self.streaming and needed <= free / 2
         if not fits:
@@ -289,7 +315,7 @@ class H5DataLoader:
             # torch gathers no uint16: it is kept as int16, whose bits are read as what they are when they are widened.
             unsigned = dtype == np.uint16
             columns = [torch.from_numpy(self._arrays.pop(name).view(np.int16 if unsigned else dtype)) for name in names]
-            values = torch.empty((self.num_samples, len(names), *shape), dtype=columns[0].dtype, device=self.device)
+            values = torch.empty((self._rows, len(names), *shape), dtype=columns[0].dtype, device=self.device)
             for i, column in enumerate(columns):
                 values[:, i] = column
             stacks.append(_Stack(names, values, tensor_dtype, 0xFFFF if unsigned else None))
@@ -297,7 +323,7 @@ class H5DataLoader:
 
     def _windows(self, rng: np.random.Generator):
         """Yields arrays and the number of rows in them; the next window fills the same arrays."""
-        arrays = self._allocate(min(self._window_rows, self.num_samples))
+        arrays = self._allocate(min(self._window_rows, self._rows))
         for blocks in _cut(self._blocks(rng), self._window_rows):
             filled = 0
             for i, blocks_of_file in groupby(sorted(blocks), key=itemgetter(0)):
@@ -308,16 +334,14 @@ class H5DataLoader:
             yield arrays, filled
 
     def _blocks(self, rng: np.random.Generator) -> list[tuple[int, int, int]]:
-        """Lists ``(file, start, stop)`` covering all rows; shuffled, they are chunks, at least 16 to a window."""
+        """Lists ``(file, start, stop)`` covering all rows held; shuffled, they are chunks, at least 16 to a window."""
         size = READ_ROWS
         if self.shuffle:
             with _open(self.files[0]) as file:
                 chunk_rows = min((file[name].chunks or (READ_ROWS,))[0] for name in self._columns)
             size = max(1, min(chunk_rows, self._window_rows // 16))
         blocks = [
-            (i, start, min(rows, start + size))
-            for i, rows in enumerate(self._file_rows)
-            for start in range(0, rows, size)
+            (i, start, min(last, start + size)) for i, first, last in self._pieces for start in range(first, last, size)
         ]
         return [blocks[j] for j in rng.permutation(len(blocks))] if self.shuffle else blocks
 
@@ -361,6 +385,23 @@ def _prefetch(batches):
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _share(start: int, stop: int, share: int, shares: int) -> tuple[int, int]:
+    """Divides the rows from ``start`` to ``stop`` into shares of nearly equal size; gives the bounds of one."""
+    rows = stop - start
+    return start + rows * share // shares, start + rows * (share + 1) // shares
+
+
+def _pieces(file_rows: list[int], first: int, stop: int) -> list[tuple[int, int, int]]:
+    """Lists ``(file, start, stop)`` of the rows from ``first`` to ``stop``, counted over all files."""
+    pieces, offset = [], 0
+    for i, rows in enumerate(file_rows):
+        piece = max(0, first - offset), min(rows, stop - offset)
+        if piece[0] < piece[1]:
+            pieces.append((i, *piece))
+        offset += rows
+    return pieces
 
 
 def _cut(blocks: list[tuple[int, int, int]], rows: int):
