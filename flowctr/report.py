@@ -186,7 +186,8 @@ def _dataset_section(dataset_id: str, runs: list[Run]) -> dict:
             for split in SPLITS
             for metric, pick_best in METRICS.items()
         ]
-        tables.append((target, list(zip(runs, zip(*columns)))))
+        rows = [(run, cells) for run, cells in zip(runs, zip(*columns)) if _has_scenario(run.result, target)]
+        tables.append((target, rows))
     return {
         "id": dataset_id,
         "runs": runs,
@@ -256,6 +257,12 @@ def _scenarios(result: dict) -> list[str]:
     """Returns what follows the "@" of metrics: a scenario column (the mean over it) and ``<column>=<value>``."""
     names = (name for split in SPLITS for name in result["metrics"].get(split) or {})
     return _unique(name.partition("@")[2] for name in names if "@" in name)
+
+
+def _has_scenario(result: dict, target: str) -> bool:
+    """Says whether a run has metrics over the target's scenarios, if it is about scenarios at all."""
+    _, at, scenario = target.partition("@")
+    return not at or scenario in _scenarios(result)
 
 
 def _metric_name(result: dict, target: str, metric: str) -> str | None:

@@ -311,3 +311,48 @@ def test_metrics_table(tmp_path):
             expected.append([split, label, *(DASH if value is None else f"{value:.6f}" for value in shown)])
     assert rows == expected
     assert "NE base: train" in console.file.getvalue()
+
+
+def scenario_metrics(rng: np.random.Generator, labels: list[str], suffixes: list[str]) -> dict[str, float]:
+    plain = values(rng, labels)
+    within = {
+        f"{label}_{name}@{s}": float(rng.uniform(0.4, 0.9)) for s in suffixes for label in labels for name in NAMES
+    }
+    return {**plain, **within, **{f"{name}@tab": float(rng.uniform(0.4, 0.9)) for name in NAMES}}
+
+
+def test_scenarios_have_their_own_rows(tmp_path):
+    labels, rng = ("is_click", "long_view"), np.random.default_rng(0)
+    metrics = {split: scenario_metrics(rng, list(labels), ["tab", "tab=1", "tab=0"]) for split in ("valid", "test")}
+    with_scenarios = write_run(tmp_path, "AutoIFS_test", labels, metrics=metrics)
+    page = Page(write_report([write_run(tmp_path, labels=labels), with_scenarios], tmp_path / "report"))
+    shown = {}
+    for row in page.rows:
+        name, *cells = (text.strip() for text, _ in row)
+        shown.setdefault(name, []).append(cells)
+    over_scenarios = [[f"{metrics[split][f'{m}@tab']:.6f}" for split in ("valid", "test") for m in NAMES]]
+    runs = [name for name in shown if "AutoIFS_test" in name]
+    assert over_scenarios[0] in shown[runs[0]], "the mean over labels and scenarios"
+    assert len(shown[runs[0]]) == 6, "two labels and their mean, plain and over scenarios"
+    (other,) = [name for name in shown if "InterFormer_test" in name]
+    assert len(shown[other]) == 3, "no rows of dashes for a run without scenarios"
+    for label in labels:
+        for tab in "10":
+            cells = [f"{metrics[s][f'{label}_{m}@tab={tab}']:.6f}" for s in ("valid", "test") for m in NAMES]
+            assert shown[f"{label}@tab={tab}"] == [cells]
+
+
+def test_kept_flows_and_earlier_stages_are_drawn(tmp_path):
+    kept = {
+        "scenario": "tab",
+        "scenarios": ["1", "0"],
+        "labels": ["is_click", "long_view"],
+        "flows": ["shared to shared", "scenario to task"],
+        "kept": [[[0.13, 0.27], [0.31, 0.47]], [[0.53, 0.69], [0.71, None]]],
+    }
+    stages = {"search": {"curves": {"train": [{"step": 4, "epoch": 1, "loss": 0.5}], "valid": []}}}
+    page = Page(write_report([write_run(tmp_path, kept_flows=kept, stages=stages)], tmp_path / "report"))
+    assert {"tab=1", "tab=0", "shared to shared", "scenario to task", "is_click", "long_view"} <= set(page.drawn)
+    shown = ["0.13", "0.27", "0.53", "0.69", "0.31", "0.47", "0.71", "nan"]  # a panel per label, scenarios by flows
+    assert [text for text in page.drawn if text in shown] == shown
+    assert "training loss, search against step" in page.plots
