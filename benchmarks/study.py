@@ -6,12 +6,13 @@ A study is a folder laid out as BARS does, and this script fills it from its ``t
     tuner_config.csv    one result line per trial, the best on the validation data first
     results.csv         one result line per seed of the best trial's settings; results/ has the files of these runs
     variants.csv        one result line per seed of every ablation and of every value of a sweep
+    runs.jsonl          configuration, metrics and commit of every run
     environments.txt    hardware and software
     README.md           the page
 
 Phase ``tune`` draws trials from the space; ``final`` runs the settings of the best one and ``variants`` these with one
-thing changed, each with every seed. A run whose result file is there already is not repeated. ``write`` fills the
-folders from the result files and needs no GPU.
+thing changed, each with every seed. A run whose result is there already, in the model's results/ or in the folder, is
+not repeated. ``write`` fills the folders from the results and needs no GPU.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +38,20 @@ from tqdm import tqdm
 REPOSITORY = Path(__file__).resolve().parent.parent
 PHASES = ("tune", "final", "variants")
 METRICS = ("AUC", "gAUC", "logloss", "NE")
+# What runs.jsonl keeps of a result: enough to write everything again.
+KEPT = (
+    *("expid", "model", "dataset_id", "seed", "started", "command", "config"),
+    *("labels", "metrics", "parameters", "commit", "data"),
+)
+# Of a configuration: where it ran, and the columns of the data set, which its id names.
+NOT_KEPT = ("model_id", "model_root", "verbose", "gpu", "feature_cols")
 
 
 @dataclass(frozen=True)
 class Job:
     """One run of a study: an experiment with some settings overridden, and a seed."""
 
+    study: Path
     config_dir: Path
     expid: str
     seed: int
@@ -59,12 +69,11 @@ class Job:
     def result(self) -> dict | None:
         """Reads the newest result of this run, made with the configuration that it has now."""
         wanted = None
-        for path in sorted((self.model_dir / "results").glob(f"{self.expid}-s{self.seed}-*.json"), reverse=True):
-            result = json.loads(path.read_text())
+        for result in _known_results(self.study, self.model_dir / "results", f"{self.expid}-s{self.seed}-*.json"):
             if _what(shlex.split(result["command"])[2:]) == self.arguments:
                 wanted = wanted or self._config()
                 if all(result["config"].get(key) == value for key, value in wanted.items()):
-                    return {**result, "path": path, "command": shlex.join(["python", self._script, *self.arguments])}
+                    return {**result, "command": shlex.join(["python", self._script, *self.arguments])}
         return None
 
     @property
@@ -74,7 +83,7 @@ class Job:
     def _config(self) -> dict:
         """Gives the configuration as a result holds it, without what says where it ran."""
         params = config.load(self.config_dir, self.expid, [*self.arguments[5::2], f"seed={self.seed}"])
-        kept = {key: value for key, value in params.items() if key not in ("model_id", "model_root", "verbose")}
+        kept = {key: value for key, value in params.items() if key not in NOT_KEPT}
         return json.loads(json.dumps(experiment.portable(kept)))
 
     def run(self, gpu: int) -> str | None:
@@ -87,6 +96,15 @@ class Job:
             command = [sys.executable, self._script, *self.arguments, *where]
             done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
         return f"{shlex.join(command)}\n{done.stderr[-2000:]}" if done.returncode else None
+
+
+def _known_results(study: Path, results: Path, pattern: str) -> Iterator[dict]:
+    """Reads results, the newest first: files with their ``path``, then what the study keeps of all its runs."""
+    files = {path.name: path for folder in (results, study / "results") for path in folder.glob(pattern)}
+    for name in sorted(files, reverse=True):
+        yield {**json.loads(files[name].read_text()), "path": files[name]}
+    if (study / "runs.jsonl").exists():
+        yield from map(json.loads, (study / "runs.jsonl").read_text().splitlines())
 
 
 def _what(arguments: list[str]) -> list[str]:
@@ -102,7 +120,7 @@ def jobs(folder: Path, phase: str) -> list[Job]:
     if phase == "tune":
         grid = list(itertools.product(*([(key, value) for value in v] for key, v in study["tuner_space"].items())))
         chosen = random.Random(seeds[0]).sample(grid, min(study["trials"], len(grid)))
-        return [Job(config_dir, base, seeds[0], trial) for trial in chosen]
+        return [Job(folder, config_dir, base, seeds[0], trial) for trial in chosen]
     best = dict(ranked(folder)[0][0].overrides)
     if phase == "final":
         settings = [(base, best)]
@@ -110,7 +128,11 @@ def jobs(folder: Path, phase: str) -> list[Job]:
         settings = [(expid, _unless_ablated(best, study, expid)) for expid in study["ablations"]]
         sweeps = [(key, value) for key, values in study["sweeps"].items() for value in values]
         settings += [(base, {**best, key: value}) for key, value in sweeps if best.get(key) != value]
-    return [Job(config_dir, expid, seed, tuple(overrides.items())) for expid, overrides in settings for seed in seeds]
+    return [
+        Job(folder, config_dir, expid, seed, tuple(overrides.items()))
+        for expid, overrides in settings
+        for seed in seeds
+    ]
 
 
 def _unless_ablated(best: dict, study: dict, expid: str) -> dict:
@@ -135,6 +157,11 @@ def results(folder: Path, phase: str) -> list[tuple[Job, dict]]:
             f"{missing[0].model_dir / 'results'}; run them first, as {shlex.join(missing[0].arguments)}"
         )
     return found
+
+
+def all_results(folder: Path) -> dict[str, list[tuple[Job, dict]]]:
+    """Gives the runs of every phase with their results."""
+    return {"tune": ranked(folder), "final": results(folder, "final"), "variants": results(folder, "variants")}
 
 
 def read(folder: Path) -> dict:
@@ -167,18 +194,29 @@ def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -
 
 def write(folder: Path) -> None:
     """Writes what the result files say into the folder of a study."""
-    study = read(folder)
-    done = {"tune": ranked(folder), "final": results(folder, "final"), "variants": results(folder, "variants")}
+    done = all_results(folder)
     for phase, name in (("tune", "tuner_config.csv"), ("final", "results.csv"), ("variants", "variants.csv")):
         if done[phase]:
             (folder / name).write_text("".join(f"{experiment.result_line(result)}\n" for _, result in done[phase]))
-    shutil.rmtree(folder / "results", ignore_errors=True)
-    (folder / "results").mkdir()
-    for _, result in done["final"]:
-        for path in result["path"].parent.glob(f"{result['path'].stem}.*"):
-            shutil.copy(path, folder / "results")
+    kept = [{key: result[key] for key in KEPT} for phase in done.values() for _, result in phase]
+    for run in kept:
+        run["config"] = {key: value for key, value in run["config"].items() if key not in NOT_KEPT}
+    (folder / "runs.jsonl").write_text("".join(dict.fromkeys(f"{json.dumps(run)}\n" for run in kept)))
+    (folder / "results").mkdir(exist_ok=True)
+    finals = {path.name: path for _, result in done["final"] for path in _files_of(result)}
+    for name, path in finals.items():
+        if path.parent != folder / "results":
+            shutil.copy(path, folder / "results" / name)
+    for path in (folder / "results").iterdir():
+        if path.name not in finals:
+            path.unlink()
     (folder / "environments.txt").write_text(environment(done["final"][0][1]))
-    (folder / "README.md").write_text(page(folder, study, done))
+    (folder / "README.md").write_text(page(folder, done))
+
+
+def _files_of(result: dict) -> list[Path]:
+    path = result["path"]
+    return list(path.parent.glob(f"{path.stem}.*"))  # the attention maps, too
 
 
 def environment(result: dict) -> str:
@@ -190,8 +228,9 @@ def environment(result: dict) -> str:
     return "\n".join([*lines, *(f"{name}: {version}" for name, version in versions.items())]) + "\n"
 
 
-def page(folder: Path, study: dict, done: dict[str, list[tuple[Job, dict]]]) -> str:
+def page(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> str:
     """Writes the page of a study."""
+    study = read(folder)
     finals = [result for _, result in done["final"]]
     first = finals[0]
     targets, sizes = targets_of(first), first["parameters"]

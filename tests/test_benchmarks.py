@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,11 @@ import yaml
 from flowctr import config
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def study(tables):
+    return sys.modules["study"]  # which tables.py imports
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,14 @@ def test_every_study_page_is_what_its_lines_say():
         defaults = _defaults(study["base_expid"].partition("_")[0])
         for key in study["tuner_space"]:
             assert json.loads(best[key]) == params.get(key, defaults.get(key)), (folder, key)
+
+
+def test_every_study_page_is_written_by_what_the_folder_keeps(study):
+    for folder in (path.parent for path in BENCHMARKS.glob("*/*/tuner_config.yaml")):
+        done = study.all_results(folder)
+        assert study.page(folder, done) == (folder / "README.md").read_text(), f"run: study.py write {folder}"
+        lines = "".join(f"{study.experiment.result_line(result)}\n" for _, result in done["tune"])
+        assert lines == (folder / "tuner_config.csv").read_text()
 
 
 def _defaults(model):
