@@ -78,6 +78,23 @@ def run(
         return _run_locked(config_dir, expid, src, model_dir, gpu, overrides)
 
 
+def load_params(
+    config_dir: Path, expid: str, src: ModuleType | None, model_dir: Path, gpu: int, overrides: Iterable[str]
+) -> dict[str, Any]:
+    """Loads the parameters of an experiment with where its run writes: ``model_root`` and, with the seed, ``model_id``.
+
+    Args:
+        config_dir, expid, src, gpu, overrides: As for `run`.
+        model_dir: The folder that a relative ``model_root`` counts from.
+
+    Raises:
+        ConfigError: If the configuration is wrong.
+    """
+    params = config.load(config_dir, expid, overrides, src)
+    model_id = f"{expid}-s{params['seed']}"  # names checkpoint and log, so that seeds may run side by side
+    return {**params, "gpu": gpu, "model_id": model_id, "model_root": str(model_dir / params["model_root"])}
+
+
 def _run_locked(
     config_dir: str | Path,
     expid: str,
@@ -88,9 +105,8 @@ def _run_locked(
 ) -> Path:
     config_dir = Path(config_dir).resolve()
     model_dir = Path(model_dir or config_dir.parent).resolve()
-    params = config.load(config_dir, expid, overrides, src)
-    model_id = f"{expid}-s{params['seed']}"  # names checkpoint and log, so that seeds may run side by side
-    params.update(gpu=gpu, model_id=model_id, model_root=str(model_dir / params["model_root"]))
+    params = load_params(config_dir, expid, src, model_dir, gpu, overrides)
+    model_id = params["model_id"]
     if distributed.world_size() > 1:
         params["world_size"] = distributed.world_size()
     checkpoints = Path(params["model_root"]) / params["dataset_id"]

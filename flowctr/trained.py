@@ -16,6 +16,7 @@ import torch
 from flowctr import config
 from flowctr.data import H5DataLoader, build_h5, load_feature_map
 from flowctr.data.files import read_json
+from flowctr.experiment import load_params
 from flowctr.training import accelerate
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
@@ -106,14 +107,12 @@ def load_trained(
     overrides = list(overrides)
     config_dir = Path(config_dir).resolve()
     model_dir = Path(model_dir or config_dir.parent).resolve()
-    params = config.load(config_dir, expid, overrides, src)
-    model_id = f"{expid}-s{params['seed']}"
-    params.update(gpu=gpu, model_id=model_id, model_root=str(model_dir / params["model_root"]))
+    params = load_params(config_dir, expid, src, model_dir, gpu, overrides)
     if gpu >= torch.cuda.device_count():
         raise ValueError(
             f"--gpu {gpu} does not exist; this machine has {torch.cuda.device_count()} GPUs; -1 is the CPU"
         )
-    weights = Path(params["model_root"]) / params["dataset_id"] / f"{model_id}.model"
+    weights = Path(params["model_root"]) / params["dataset_id"] / f"{params['model_id']}.model"
     if not weights.is_file():
         command = ["flowctr", "run", params["model"], "--expid", expid, "--config", str(config_dir)]
         command += [word for override in overrides for word in ("--set", override)]

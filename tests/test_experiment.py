@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import flowctr
@@ -140,18 +139,6 @@ def src(tmp_path_factory):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def root_logger():
-    """FuxiCTR's set_logger replaces the handlers of the root logger."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        with suppress(OSError):  # a log on a full disk
-            handler.close()
-    root.handlers, root.level = handlers, level
 
 
 def run_script(folder, *arguments, cwd, **environment):

@@ -7,7 +7,6 @@ import multiprocessing
 import random
 import signal
 import time
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -206,18 +205,6 @@ def assert_same_outcome(found, expected):
     for file, weights in expected[1].items():
         for name, weight in weights.items():
             assert torch.equal(found[1][file][name], weight), (file, name)
-
-
-@pytest.fixture(autouse=True)
-def root_logger():
-    """FuxiCTR's set_logger replaces the handlers of the root logger."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        with suppress(OSError):
-            handler.close()
-    root.handlers, root.level = handlers, level
 
 
 RUNS = {
