@@ -91,15 +91,16 @@ def test_rotary_products_depend_on_the_distance_only():
 
 
 @pytest.mark.parametrize("rotary", [False, True])
-def test_attention_equals_a_loop(rotary):
+@pytest.mark.parametrize("num_queries", [1, 3, 4])  # few of them are computed in another order
+def test_attention_equals_a_loop(num_queries, rotary):
     attention = layers.MultiHeadAttention(D, H)
-    queries, tokens, mask = torch.randn(B, N, D), torch.randn(B, T, D), random_mask()
-    positions = (torch.arange(N).expand(B, N), torch.randint(0, 9, (B, T))) if rotary else (None, None)
+    queries, tokens, mask = torch.randn(B, num_queries, D), torch.randn(B, T, D), random_mask()
+    positions = (torch.arange(num_queries).expand(B, -1), torch.randint(0, 9, (B, T))) if rotary else (None, None)
     out, weights = attention(queries, tokens, mask, *positions), attention.weights(queries, tokens, mask, *positions)
     width = D // H
     for row in range(B):
         keys = [t for t in range(T) if mask[row, t]]
-        for n in range(N):
+        for n in range(num_queries):
             heads = []
             for h in range(H):
                 cut = slice(h * width, (h + 1) * width)

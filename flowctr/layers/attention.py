@@ -63,13 +63,37 @@ class MultiHeadAttention(nn.Module):
         Returns:
             ``(B, N, D)``; zeros where a row has no real token.
         """
-        q, k = self._queries_and_keys(queries, tokens, query_positions, token_positions)
-        v = self._split(self.value(tokens))
         allowed = None if mask is None else _allowed(mask)
         dropout = self.dropout if self.training else 0.0
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+        if token_positions is None and queries.shape[1] * self.num_heads < self.output_dim:
+            heads = self._read(self._split(self.query(queries)), tokens, allowed, dropout)
+        else:
+            q, k = self._queries_and_keys(queries, tokens, query_positions, token_positions)
+            v = self._split(self.value(tokens))
+            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
         out = self.out(heads.transpose(1, 2).flatten(2))  # (B, N, D)
         return out if mask is None else out * mask.any(dim=1)[:, None, None]
+
+    def _read(self, q: Tensor, tokens: Tensor, allowed: Tensor | None, dropout: float) -> Tensor:
+        """Attends with few queries: ``(q W_k) S^T`` and ``(weights S) W_v`` project queries and results, not tokens.
+
+        Args:
+            q: Projected queries, ``(B, H, N, D/H)``.
+            tokens: ``(B, T, D)``.
+            allowed: Keys that may be read, ``(B, 1, 1, T)``; none: all.
+            dropout: Dropout on the attention weights.
+
+        Returns:
+            ``(B, H, N, D/H)``, as attention over projected keys and values gives it.
+        """
+        key, value = (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.key, self.value))
+        q = torch.einsum("bhnd,hde->bhne", q, key)  # (B, H, N, D)
+        scores = torch.einsum("bhne,bte->bhnt", q, tokens) / key.shape[1] ** 0.5
+        weights = (scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)).softmax(dim=-1)
+        weights = F.dropout(weights, dropout)
+        read = torch.einsum("bhnt,bte->bhne", weights, tokens)  # (B, H, N, D)
+        bias = self.value.bias.unflatten(0, (self.num_heads, 1, -1))
+        return torch.einsum("bhne,hde->bhnd", read, value) + weights.sum(dim=-1, keepdim=True) * bias
 
     def weights(
         self,

@@ -41,7 +41,6 @@ class PersonalizedFFN(nn.Module):
     def forward(self, x_sum: Tensor, s: Tensor) -> Tensor:
         """Maps the tokens ``s`` ``(B, T, D)`` with the summary ``x_sum`` ``(B, n_sum, D)``; returns ``(B, T, D)``."""
         if self.kind == "literal":
-            w = x_sum.transpose(1, 2) @ self.weight  # (B, D, D)
-        else:
-            w = self.hyper(x_sum.flatten(1)).unflatten(-1, (self.output_dim, -1))  # (B, D, D)
+            return s @ self.weight.T @ x_sum  # X_sum^T W has rank n_sum: two thin products instead of a (B, D, D) map
+        w = self.hyper(x_sum.flatten(1)).unflatten(-1, (self.output_dim, -1))  # (B, D, D)
         return s @ w.transpose(1, 2)
