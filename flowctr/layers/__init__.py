@@ -6,11 +6,13 @@ Shape letters, the same in every file and model:
     D  token width              H  attention heads             K  tasks (labels)
 
 Masks are ``torch.bool``; True marks a real token. Behaviour events are right-aligned (``masks.right_align``): the most
-recent event is the last step whatever side the data set pads on. ``tokens`` alone knows FuxiCTR's FeatureMap.
+recent event is the last step whatever side the data set pads on. ``tokens`` and ``scenarios`` alone know FuxiCTR's
+FeatureMap.
 """
 
 from flowctr.layers.attention import AttentionPooling, MultiHeadAttention, record_attention
 from flowctr.layers.dhen import DHENLayer
+from flowctr.layers.experts import ExpertGate, Experts
 from flowctr.layers.gating import Gating
 from flowctr.layers.heads import TaskHeads, named_predictions
 from flowctr.layers.interaction import CrossInteraction, DotInteraction, pairwise_dots
@@ -20,15 +22,21 @@ from flowctr.layers.lora import LoRAUnits
 from flowctr.layers.masknet import MaskNet
 from flowctr.layers.masks import masked_mean, right_align
 from flowctr.layers.options import check_options, check_positive
+from flowctr.layers.per_token import PerTokenLinear
 from flowctr.layers.pffn import PersonalizedFFN
+from flowctr.layers.ple import PLE
 from flowctr.layers.rope import rotate
+from flowctr.layers.scenarios import count_scenarios, own_scenario
 from flowctr.layers.tokens import FeatureTokens
 
 __all__ = [
+    "PLE",
     "AttentionPooling",
     "CrossInteraction",
     "DHENLayer",
     "DotInteraction",
+    "ExpertGate",
+    "Experts",
     "FeatureTokens",
     "Gating",
     "LearnedTokens",
@@ -36,12 +44,15 @@ __all__ = [
     "LoRAUnits",
     "MaskNet",
     "MultiHeadAttention",
+    "PerTokenLinear",
     "PersonalizedFFN",
     "TaskHeads",
     "check_options",
     "check_positive",
+    "count_scenarios",
     "masked_mean",
     "named_predictions",
+    "own_scenario",
     "pairwise_dots",
     "record_attention",
     "right_align",

@@ -17,7 +17,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from flowctr.layers import FeatureTokens, check_options, check_positive, named_predictions
+from flowctr.layers import (
+    FeatureTokens,
+    check_options,
+    check_positive,
+    count_scenarios,
+    named_predictions,
+    own_scenario,
+)
 from fuxictr.pytorch.layers import MLP_Block
 from fuxictr.pytorch.models import MultiTaskModel
 from fuxictr.pytorch.torch_utils import get_activation
@@ -112,7 +119,7 @@ class AutoIFS(MultiTaskModel):
         if gates:
             _check_search(search_epochs, self.rewind_epoch, gamma, gate_learning_rate_factor)
         self.scenario = scenario
-        self.num_scenarios = _count_scenarios(feature_map, scenario)
+        self.num_scenarios = count_scenarios(feature_map, scenario, "AutoIFS")
         self.searches = gates and stage != "retrain"
         self.gamma, self.weight_decay, self.gate_learning_rate_factor = gamma, weight_decay, gate_learning_rate_factor
 
@@ -132,9 +139,7 @@ class AutoIFS(MultiTaskModel):
             self.gate_tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
             self.gate_tokens.requires_grad_(False)
             self.gate_network.requires_grad_(False)
-        ids = torch.arange(1, self.num_scenarios + 1)
         penalties = torch.tensor(_per_task(gate_penalty, num_tasks), dtype=torch.get_default_dtype())
-        self.register_buffer("scenario_ids", ids, persistent=False)
         self.register_buffer("gate_penalties", penalties, persistent=False)
         self.register_buffer("temperature", torch.ones(()))
         self.compile(optimizer, loss, learning_rate)
@@ -167,7 +172,7 @@ class AutoIFS(MultiTaskModel):
 
     def choose_scenario(self, inputs):
         """Gives each row's scenario one-hot, ``(B, scenarios)``; zeros for one that training has not seen."""
-        return (inputs[self.scenario].view(-1, 1) == self.scenario_ids).to(self.temperature.dtype)
+        return own_scenario(inputs[self.scenario], self.num_scenarios).to(self.temperature.dtype)
 
     def full_and_flows(self, z, scenario):
         """Runs the scenario and task units.
@@ -281,20 +286,6 @@ class AutoIFS(MultiTaskModel):
 
 def _buffer_name(name):
     return name.replace(".", "/")  # torch allows no dot in it
-
-
-def _count_scenarios(feature_map, scenario):
-    """Counts the ids of a scenario column: all of its vocabulary but padding, the first, and unseen, the last."""
-    spec = feature_map.features.get(scenario)
-    if spec is None or spec["type"] != "categorical":
-        columns = [name for name, spec in feature_map.features.items() if spec["type"] == "categorical"]
-        kind = "not in the data" if spec is None else f"of type {spec['type']}"
-        given = "none" if scenario is None else f"{scenario!r}, which is {kind}"
-        raise ValueError(
-            f"AutoIFS needs the column of scenarios, scenario: <a categorical column>; got {given}; data set "
-            f"{feature_map.dataset_id!r} has {', '.join(columns) or 'none'}"
-        )
-    return spec["vocab_size"] - 2
 
 
 def _check_widths(**widths):

@@ -1,0 +1,3 @@
+from .HSTU import HSTU
+
+__all__ = ["HSTU"]

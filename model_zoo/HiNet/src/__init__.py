@@ -1,0 +1,3 @@
+from .HiNet import HiNet
+
+__all__ = ["HiNet"]

@@ -1,0 +1,3 @@
+from .OMoE import OMoE
+
+__all__ = ["OMoE"]

@@ -1,0 +1,3 @@
+from .OneTrans import OneTrans
+
+__all__ = ["OneTrans"]

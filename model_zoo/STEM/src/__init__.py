@@ -1,0 +1,3 @@
+from .STEM import STEM
+
+__all__ = ["STEM"]
