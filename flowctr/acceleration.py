@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -106,11 +107,11 @@ class CompiledForward:
 
 
 class GraphedStep:
-    """Replays a captured training step: forward, backward, clipping and update go to the GPU in one launch.
+    """Replays captured training steps: forward, backward, clipping and update go to the GPU in one launch.
 
-    The first steps run as they are, which lets libraries choose their kernels; then one step is captured. Batches of
-    another shape than the first, such as the last of an epoch, run as they are. A changed learning rate is captured
-    anew.
+    Each shape of a batch has a captured step of its own. Its first batches run as they are, which lets libraries choose
+    their kernels and leaves rare shapes, such as the last batch of an epoch, without one. A changed learning rate is
+    captured anew.
 
     Args:
         model: A model on a GPU whose ``train_step`` does not read values back from the device.
@@ -123,10 +124,8 @@ class GraphedStep:
 
     def __init__(self, model: BaseModel):
         self.model = model
-        self.steps = 0
-        self.shapes: dict[str, torch.Size] = {}
-        self.inputs: dict[str, Tensor] = {}
-        self.rates: list[float] = []
+        self.captured: dict[tuple, CapturedStep] = {}
+        self.memory = None  # the first graph's, for all of them: they run one after the other
         optimizer = model.optimizer
         if "capturable" not in optimizer.defaults and not isinstance(optimizer, torch.optim.SGD):
             raise ValueError(f"cuda_graphs cannot capture {type(optimizer).__name__}; use adam or SGD, or turn it off")
@@ -139,33 +138,44 @@ class GraphedStep:
                         state["step"] = state["step"].to(parameter.device)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Trains on a batch that lies on the device and returns its loss."""
-        shapes = {name: values.shape for name, values in batch.items()}
-        self.shapes = self.shapes or shapes
-        if shapes != self.shapes:
-            return self.model.train_step(batch)
-        if not self.inputs:
+        """Trains on a batch that lies on the device and returns its loss, which the next step may overwrite."""
+        shapes = tuple(values.shape for values in batch.values())
+        if shapes not in self.captured:
             on_device = {name: values for name, values in batch.items() if values.device == self.model.device}
-            self.inputs = {name: torch.empty_like(values) for name, values in on_device.items()}
-        torch._foreach_copy_(list(self.inputs.values()), [batch[name] for name in self.inputs])  # one launch, not many
-        self.steps += 1
-        if self.steps <= self.WARM_UP_STEPS:  # on the graph's inputs: for others a compiled forward is compiled anew
-            return self.model.train_step(self.inputs)
+            self.captured[shapes] = CapturedStep({name: torch.empty_like(values) for name, values in on_device.items()})
+        step = self.captured[shapes]
+        torch._foreach_copy_(list(step.inputs.values()), [batch[name] for name in step.inputs])  # one launch, not many
+        step.warm_up += 1
+        if step.warm_up <= self.WARM_UP_STEPS:  # on the graph's inputs: for others a compiled forward is compiled anew
+            return self.model.train_step(step.inputs)
         rates = [group["lr"] for group in self.model.optimizer.param_groups]
-        if rates != self.rates:
-            self._capture()
-            self.rates = rates
-        self.graph.replay()
-        return self.loss
+        if rates != step.rates:
+            self._capture(step)
+            step.rates = rates
+        step.graph.replay()
+        return step.loss
 
-    def _capture(self) -> None:
-        self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graph's own memory
-        self.graph = torch.cuda.CUDAGraph()
+    def _capture(self, step: "CapturedStep") -> None:
+        self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graphs' own memory
+        graph = torch.cuda.CUDAGraph()
         with (  # thread_local: the loader's thread may go on copying batches meanwhile
             torch.cuda.device(self.model.device),  # on which the capture's stream is made
-            torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"),
         ):
-            self.loss = self.model.train_step(self.inputs).detach()
+            step.loss = self.model.train_step(step.inputs).detach()
+        self.memory = graph.pool()
+        step.graph = graph  # not earlier: memory that no graph holds any more cannot be captured into
+
+
+@dataclass
+class CapturedStep:
+    """The training step for batches of one shape: its inputs and, after the warm-up, graph, loss and learning rates."""
+
+    inputs: dict[str, Tensor]
+    warm_up: int = 0
+    rates: list[float] = field(default_factory=list)
+    graph: torch.cuda.CUDAGraph | None = None
+    loss: Tensor | None = None
 
 
 # Update and penalty
@@ -238,6 +248,40 @@ def split_batch(batch: Batch, count: int) -> list[Batch]:
     """Cuts a batch into at most ``count`` parts of equal size, the last one may be smaller."""
     columns = [[(name, part) for part in values.chunk(count)] for name, values in batch.items()]
     return [dict(part) for part in zip(*columns)]
+
+
+@torch.no_grad()
+def check_padding_invariance(model: BaseModel, data: Any, tolerance: float = 1e-4) -> None:
+    """Predicts a batch of ``bucket_by_length`` with and without its padding.
+
+    Args:
+        model: The model, in evaluation mode afterwards.
+        data: Its training data, an `H5DataLoader`; the next epoch stays the next one.
+        tolerance: By how much predictions may differ.
+
+    Raises:
+        ValueError: If the model needs sequences of one length, or padding makes a difference to it.
+    """
+    model.eval()
+    epoch, start_batch = data.epoch, data.start_batch
+    # Any batch that has been cut; among the first ones there is one, unless nearly all rows are long.
+    batches = ((cut, data.padded(cut)) for cut in islice(data, 16))
+    cut, whole = next(((c, w) for c, w in batches if any(c[name].shape != w[name].shape for name in c)), (None, None))
+    data.epoch, data.start_batch = epoch, start_batch
+    if cut is None:
+        return
+    names = [name for name in model.forward(whole) if name.endswith("_pred")]
+    try:
+        difference = max(float((model.forward(cut)[name] - model.forward(whole)[name]).abs().max()) for name in names)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"bucket_by_length: {type(model).__name__} needs sequences of one length ({error}); turn it off"
+        ) from error
+    if not difference <= tolerance:
+        raise ValueError(
+            f"bucket_by_length: padding changes the predictions of {type(model).__name__} by {difference:.2g}; turn it "
+            "off"
+        )
 
 
 def row_count(batch: Batch) -> int:

@@ -6,11 +6,10 @@ torchrun there is one process, which is the writer; everything here then leaves 
 """
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -18,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# For sums and gathers, to which all processes come from equal work. What one does alone is waited for without a limit.
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
-POLL = timedelta(seconds=1)
+# For sums and gathers, to which all processes come from equal work: one that hangs ends the run within a minute.
+COLLECTIVE_TIMEOUT = timedelta(seconds=45)
+# For what one process does alone while the others wait, such as building a data set: in effect none.
+MEETING_TIMEOUT = timedelta(days=365)
 
 
 class ProcessError(RuntimeError):
@@ -29,36 +29,27 @@ class ProcessError(RuntimeError):
 
 @dataclass
 class _Group:
-    """The processes of this run, and the store by which they tell each other what is done and what has failed."""
+    """The processes of this run, and the store by which they tell each other what has failed."""
 
     rank: int
     size: int
     store: dist.Store
-    keys: Iterator[str] = field(default_factory=lambda: map("meeting{}".format, itertools.count()))
-
-    def wait(self, key: str) -> None:
-        """Waits until a process has set a key.
-
-        Raises:
-            ProcessError: If one has failed.
-        """
-        while True:
-            try:
-                return self.store.wait([key], POLL)
-            except dist.DistStoreError:  # not set yet
-                if failure := self.failure():
-                    raise ProcessError(failure) from None
-            except dist.DistError as error:
-                raise ProcessError(f"the first process of this run has ended: {error}") from error
+    meetings: dist.ProcessGroup | None = None  # of gloo, which notices at once when a process ends
 
     def failure(self) -> str | None:
-        """Says which process failed first, and why."""
-        return self.store.get("failure").decode() if self.store.check(["failure"]) else None
+        """Says which process failed first, and why; None if none has said so."""
+        try:
+            return self.store.get("failure").decode() if self.store.check(["failure"]) else None
+        except dist.DistError:  # the store has gone with the first process
+            return None
 
     def report(self, error: Exception) -> str:
         """Tells the other processes of a failure; the first one counts, and is returned."""
         failure = f"process {self.rank} of {self.size} failed: {error or type(error).__name__}"
-        return self.store.compare_set("failure", "", failure).decode()
+        try:
+            return self.store.compare_set("failure", "", failure).decode()
+        except dist.DistError:
+            return failure
 
 
 _group: _Group | None = None
@@ -93,6 +84,7 @@ def process_group(gpu: int) -> Iterator[int]:
         dist.init_process_group(
             "gloo" if gpu < 0 else "nccl", store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
         )
+        _group.meetings = dist.new_group(backend="gloo", timeout=MEETING_TIMEOUT)
         yield gpu
         barrier()  # the writer may still be at work
         dist.barrier()  # the store may live in the first process, which must not leave before the others
@@ -124,30 +116,26 @@ def is_writer() -> bool:
 
 def barrier() -> None:
     """Waits for all processes, however long they take."""
-    if _group is None:
-        return
-    key = next(_group.keys)
-    if _group.store.add(f"{key}/count", 1) == _group.size:
-        _group.store.set(key, "")
-    _group.wait(key)
+    if _group is not None:
+        with _together():
+            dist.barrier(group=_group.meetings)
 
 
 def from_writer(work: Callable[[], Any]) -> Any:
     """Lets the writer do something while the others wait, however long it takes.
 
     Args:
-        work: Returns what JSON can hold.
+        work: Returns plain values.
 
     Returns:
         What the writer's ``work`` returned, in every process.
     """
     if _group is None:
         return work()
-    key = next(_group.keys)
-    if is_writer():
-        _group.store.set(key, json.dumps(work()))
-    _group.wait(key)
-    return json.loads(_group.store.get(key))
+    result = [work() if is_writer() else None]
+    with _together():
+        dist.broadcast_object_list(result, src=0, group=_group.meetings)
+    return result[0]
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

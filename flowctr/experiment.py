@@ -23,20 +23,23 @@ import flowctr
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from flowctr import config, distributed, stages
+from flowctr import config, distributed, stages, zoo
 from flowctr._fuxictr import fuxictr_origin
 from flowctr.data import H5DataLoader, build_h5, load_feature_map, scenario_names
+from flowctr.flops import flops_per_row
+from flowctr.metrics import GroupAUCs
 from flowctr.report import metrics_table
-from flowctr.resume import ResumeFile
+from flowctr.resume import ResumeFile, is_interrupted
 from flowctr.training import MAX_LOGGED_SCENARIOS, accelerate
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import seed_everything
-from fuxictr.utils import print_to_json, print_to_list, set_logger
+from fuxictr.utils import print_to_json, print_to_list
 from rich.console import Console
 from torch import nn
 
 RESULT_FORMAT = 1
+EVALUATIONS = "FLOWCTR_EVALUATIONS"  # environment variable: file for the evaluations so far, for who watches the run
 PACKAGES = ("numpy", "pandas", "polars", "scipy", "scikit-learn", "pyyaml", "h5py", "tqdm")
 
 
@@ -126,7 +129,7 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     started, clock = datetime.fromtimestamp(distributed.from_writer(time.time)), time.perf_counter()
     logging.raiseExceptions = False  # no traceback for each line that a log on a full disk cannot take
     if distributed.is_writer():
-        set_logger(params)
+        _open_log(params)
     else:
         logging.basicConfig(format=f"process {distributed.rank()}: %(levelname)s %(message)s", force=True)
     logging.info("Params: %s", print_to_json(params))
@@ -135,6 +138,9 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     files = distributed.from_writer(lambda: build_h5(params))
     feature_map = load_feature_map(params)
     params.setdefault("num_tasks", len(feature_map.labels))
+    model_class = config.find_model(params, src)
+    if params.get("zoo"):
+        model_class = zoo.adapt(model_class, feature_map, params, files["train"])
 
     def load(split: str, **sharing: int) -> H5DataLoader | None:
         return H5DataLoader(feature_map, files[split], split=split, **{**params, **sharing}) if files[split] else None
@@ -145,9 +151,7 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     test_data = valid_data if files["test"] == files["valid"] else load("test", rank=rank)
     if distributed.world_size() > 1:
         _log_step_rows(params)
-    model, earlier_stages = _train(
-        config.model_class(params["model"], src), feature_map, params, train_data, valid_data
-    )
+    model, earlier_stages = _train(model_class, feature_map, params, train_data, valid_data, clock)
 
     metrics = {}
     if model.restored:  # what the best evaluation measured is not measured again
@@ -159,6 +163,8 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     elif test_data:
         logging.info("******** Test evaluation ********")
         metrics["test"] = model.evaluate(test_data)
+    # Predicts again: metrics of a best evaluation, maybe before a resume, come without the users' AUCs.
+    users = model.group_aucs(test_data) if test_data else None
 
     name = f"{params['model_id']}-{started:%Y%m%d-%H%M%S-%f}"  # runs may start in the same second
     path, lines = model_dir / "results" / f"{name}.json", model_dir / f"{config_dir.name}.csv"
@@ -183,15 +189,18 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
         "stages": earlier_stages,
         "parameters": _count_parameters(model),
         "speed": {f"{work}_rows_per_second": rate for work, rate in model.rows_per_second().items()},
-        "wall_seconds": time.perf_counter() - clock,
+        "wall_seconds": model.resume_file.wall_seconds,
         "peak_memory_bytes": _peak_memory(model.device),
         "data": {"manifest": _manifest_digest(feature_map)},
+        "zoo": _zoo_origin(params),
         "kept_flows": _kept_flows(model, shown),
+        "flops_per_row": flops_per_row(model, shown),
         **_environment(model.device),
     }
     console = Console()
     console.print(metrics_table(result))  # before all writing, which may fail
     result["attention"] = _save_attention(model, valid_data, path.with_suffix(".npz"))
+    result["users"] = _save_users(users, path.with_suffix(".users.npz"))
     with _checkpoint_kept(path, model.checkpoint):
         _write(path, lambda file: file.write(_to_json(result).encode()))
     with _checkpoint_kept(lines, model.checkpoint):
@@ -208,8 +217,9 @@ def _train(
     params: dict[str, Any],
     train_data: H5DataLoader,
     valid_data: H5DataLoader | None,
+    started: float,
 ) -> tuple[BaseModel, dict[str, Any]]:
-    """Trains a model, stage by stage if it has stages (see `flowctr.stages`).
+    """Trains a model, stage by stage if it has stages (see `flowctr.stages`); ``started`` is that of `ResumeFile`.
 
     Returns:
         The model of the last stage, and the records of the stages before it.
@@ -223,12 +233,15 @@ def _train(
         names = distributed.from_writer(lambda: list(stages.select(all_stages, wanted, data)))
         selected = {name: all_stages[name] for name in names}
     *earlier, last = all_stages or selected
-    resume_files = {name: ResumeFile(parameters, data) for name, parameters in selected.items()}
+    resume_files = {name: ResumeFile(parameters, data, started) for name, parameters in selected.items()}
     if params["resume"]:
         for resume_file in resume_files.values():
             resume_file.load()
+        earlier_seconds = max(resume_file.earlier_seconds for resume_file in resume_files.values())
+        for resume_file in resume_files.values():  # of later stages too, which have no file yet
+            resume_file.earlier_seconds = earlier_seconds
     for name in set(earlier) - set(selected) if writes else ():  # it is done: of a run that was killed right then
-        ResumeFile(all_stages[name], data).remove()
+        ResumeFile(all_stages[name], data, started).remove()
     model = None
     for name, parameters in selected.items():
         logging.info("******** Stage %s ********", name)
@@ -236,6 +249,10 @@ def _train(
         train_data.epoch = train_data.start_batch = 0
         del model  # its memory is the next one's
         model = model_class(feature_map, **parameters)
+        if writes and os.environ.get(EVALUATIONS):
+            model.on_evaluation = lambda curve: _write(
+                Path(os.environ[EVALUATIONS]), lambda file: file.write(_to_json(curve).encode())
+            )
         logging.info("Parameters: %s", _count_parameters(model))
         # Not earlier: settings that the constructor refuses must not cost a search.
         if name != last and writes:
@@ -249,6 +266,19 @@ def _train(
             stages.finish(parameters, data, {"curves": model.history})
             resume_files[name].remove()
     return model, {other: stages.read(all_stages[other]) for other in earlier if other != name}
+
+
+def _open_log(params: Mapping[str, Any]) -> None:
+    """Logs as FuxiCTR's ``set_logger`` does, but goes on with the log of a run that goes on."""
+    path = Path(params["model_root"]) / params["dataset_id"] / f"{params['model_id']}.log"
+    mode = "a" if params["resume"] and is_interrupted(params) else "w"
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s P%(process)d %(levelname)s %(message)s",
+        handlers=[logging.FileHandler(path, mode), logging.StreamHandler()],
+        force=True,
+    )
+    logging.info("FuxiCTR version: %s", version("fuxictr"))
 
 
 def _log_step_rows(params: Mapping[str, Any]) -> None:
@@ -323,7 +353,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
         "fuxictr": fuxictr_origin(),
-        "commit": _commit(),
+        "commit": _commit(config.REPOSITORY) if (config.REPOSITORY / ".git").exists() else None,
     }
 
 
@@ -334,11 +364,15 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """The git commit of a checkout, with "-dirty" when tracked files differ from it; None for an installed package."""
-    if not (config.REPOSITORY / ".git").exists():
-        return None
-    command = ["git", "-C", config.REPOSITORY, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def _zoo_origin(params: Mapping[str, Any]) -> dict[str, str | None] | None:
+    """Names the code of a model of FuxiCTR's zoo; None for a model of ours."""
+    folder = params.get("zoo")
+    return {**zoo.origin(folder), "commit": _commit(Path(folder))} if folder else None
+
+
+def _commit(folder: Path) -> str | None:
+    """The git commit of a checkout, with "-dirty" when tracked files differ from it; None for other folders."""
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -388,6 +422,21 @@ def _save_attention(model: BaseModel, data: H5DataLoader | None, path: Path) -> 
         _write(path, lambda file: np.savez_compressed(file, **arrays))
     except (OSError, torch.OutOfMemoryError) as error:
         logging.warning("The attention maps are not saved to %s: %s", path, error)
+        return None
+    return path.name
+
+
+def _save_users(users: Mapping[str, GroupAUCs] | None, path: Path) -> str | None:
+    """Saves the AUC of every user (group) of the test data, for `flowctr.compare`, if there is room."""
+    if users is None:
+        return None
+    arrays = {
+        f"{label}__{name}": values for label, groups in users.items() for name, values in groups._asdict().items()
+    }
+    try:
+        _write(path, lambda file: np.savez_compressed(file, **arrays))
+    except OSError as error:
+        logging.warning("The users' AUCs are not saved to %s: %s", path, error)
         return None
     return path.name
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,8 +47,9 @@ class Export:
 def export(trained: TrainedModel, format: str, out: str | Path) -> Export:
     """Exports a trained model and compares the file's predictions with the model's on validation rows.
 
-    The inputs are named as the columns: ids ``(B,)`` or ``(B, T)`` in int32, numbers ``(B,)`` in float32, any B. The
-    outputs are those of `flowctr.trained.TrainedModel.score`.
+    The inputs are named as the columns: ids ``(B,)`` or ``(B, T)`` in int32, numbers ``(B,)`` in float32, any B; a
+    program takes all of them, a graph those that the model reads. The outputs are those of
+    `flowctr.trained.TrainedModel.score`.
 
     Args:
         trained: A model on the CPU.
@@ -117,13 +119,17 @@ def _load_program(path: Path) -> Scorer:
 
 def _write_onnx(trained: TrainedModel, example: Columns, path: Path) -> None:
     program = _trace(trained, example)
+    first, *others = example
     onnx = torch.onnx.export(
         program,
         input_names=list(example),
         output_names=list(trained.score(example)),
-        dynamic_shapes={name: {0: "batch"} for name in example},  # their names alone; the program has the shapes
+        # The name alone; the program has the shapes. Of inputs that share a dimension, torch wants it named once.
+        dynamic_shapes={first: {0: "batch"}, **dict.fromkeys(others)},
         verbose=False,
     )
+    inputs = onnx.model.graph.inputs
+    inputs[:] = [value for value in inputs if value.uses()]
     onnx.model.metadata_props.update(_metadata(trained))
     onnx.save(path)
 
@@ -132,10 +138,11 @@ def _load_onnx(path: Path) -> Scorer:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    inputs = [value.name for value in session.get_inputs()]
     names = [output.name for output in session.get_outputs()]
 
     def score(columns: Columns) -> dict[str, Tensor]:
-        arrays = session.run(names, {name: values.numpy() for name, values in columns.items()})
+        arrays = session.run(names, {name: columns[name].numpy() for name in inputs})
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays)}
 
     return score
@@ -149,7 +156,9 @@ def _explained(trained: TrainedModel, format: str) -> Iterator[None]:
     """Says in one message why torch cannot export a model."""
     logging.disable(logging.ERROR)  # of what torch writes down, all that matters is in its exceptions
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about how torch copies a program
+            yield
     except ImportError as error:
         raise ExportError(
             f"format {format} needs {error.name}; install it with: pip install 'flowctr[export]'"

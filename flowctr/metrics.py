@@ -114,6 +114,34 @@ def evaluate_metrics_within(
     return result
 
 
+class GroupAUCs(NamedTuple):
+    """The AUC of each group that has both classes; their mean, weighted by rows, is gAUC."""
+
+    group: np.ndarray  # (G,) ids
+    rows: np.ndarray  # (G,)
+    auc: np.ndarray  # (G,)
+
+
+def group_aucs(y_true: ArrayLike, y_pred: ArrayLike, group_id: ArrayLike) -> GroupAUCs:
+    """Evaluate the AUC of every group that gAUC is the mean of.
+
+    Args:
+        y_true, y_pred, group_id: As for `evaluate_metrics`.
+
+    Returns:
+        The groups of both classes, in the order of their first rows; none of them, if gAUC is undefined.
+
+    Raises:
+        ValueError: As `evaluate_metrics`.
+    """
+    rows = _rows(y_true, y_pred, ["gAUC"], group_id, None)
+    ranked = _rank(rows.y_true, rows.y_pred, rows.group)
+    auc = _auc(ranked)
+    _, first_row = np.unique(rows.group, return_index=True)  # in ranked's order of groups
+    defined = ~np.isnan(auc)
+    return GroupAUCs(_column("group_id", group_id)[first_row[defined]], ranked.size[defined], auc[defined])
+
+
 class _Rows(NamedTuple):
     """Rows that were checked: labels and predictions in float64, group codes if there are groups."""
 

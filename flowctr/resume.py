@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import random
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = 1
+FORMAT = 2
 # What the training does not depend on, or depends on by its data's digest.
 NO_EFFECT = {
     *("gpu", "verbose", "model_root", "resume", "checkpoint_steps", "num_workers", "pin_memory", "data_on_device"),
-    *("data_root", "train_data", "valid_data", "test_data", "searched"),
+    *("tensorboard", "data_root", "train_data", "valid_data", "test_data", "searched"),
 }
 START_ANEW = "start anew, without --resume and resume: auto"
 
@@ -32,12 +33,15 @@ class ResumeFile:
     Args:
         params: Parameters of the training: they say where the file is, and are compared with those in it.
         data: Digest of the data.
+        started: When this start of the run began, by ``time.perf_counter``.
 
     Attributes:
         state: What `load` found, for the training to go on from; None to start anew.
+        earlier_seconds: What the run's earlier starts took, each until it last saved.
     """
 
-    def __init__(self, params: Mapping[str, Any], data: str):
+    def __init__(self, params: Mapping[str, Any], data: str, started: float):
+        self.started, self.earlier_seconds = started, 0.0
         self.path = Path(params["model_root"]) / params["dataset_id"] / f"{params['model_id']}.resume"
         self.state: dict[str, Any] | None = None
         settings = {key: value for key, value in params.items() if key not in NO_EFFECT}
@@ -47,6 +51,11 @@ class ResumeFile:
     @property
     def _unfinished(self) -> Path:
         return self.path.with_name(f"{self.path.name}.tmp")  # one name: a run that is killed leaves one file at most
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of the run until now, over all its starts."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
     def load(self) -> None:
         """Reads the state, if there is a file.
@@ -63,7 +72,7 @@ class ResumeFile:
             raise ValueError(
                 f"{self.path} was made with other settings: {'; '.join(changes)}; take its settings, or {START_ANEW}"
             )
-        self.state = content["state"]
+        self.state, self.earlier_seconds = content["state"], content["wall_seconds"]
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -83,7 +92,12 @@ class ResumeFile:
         Args:
             state: Tensors, numbers, texts, and lists and dicts of them.
         """
-        content = {"format": FORMAT, "settings": self._settings, "state": dict(state)}
+        content = {
+            "format": FORMAT,
+            "settings": self._settings,
+            "wall_seconds": self.wall_seconds,
+            "state": dict(state),
+        }
         try:
             with open(self._unfinished, "wb") as file:
                 torch.save(content, file)
@@ -104,6 +118,13 @@ class ResumeFile:
         """Removes the file of a training that is done."""
         self.path.unlink(missing_ok=True)
         self._unfinished.unlink(missing_ok=True)
+
+
+def is_interrupted(params: Mapping[str, Any]) -> bool:
+    """Says whether a run was interrupted: it has left a resume file, maybe that of one of its stages."""
+    model_id = params["model_id"]
+    files = (Path(params["model_root"]) / params["dataset_id"]).glob("*.resume")
+    return any(file.stem == model_id or file.stem.startswith(f"{model_id}-") for file in files)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +25,10 @@ from flowctr import acceleration, distributed
 from flowctr.acceleration import CompiledForward, GraphedStep
 from flowctr.data import scenario_names
 from flowctr.data.format import UNSEEN
-from flowctr.metrics import evaluate_metrics, evaluate_metrics_within
+from flowctr.metrics import GroupAUCs, evaluate_metrics, evaluate_metrics_within, group_aucs
 from flowctr.names import nearest
 from flowctr.resume import START_ANEW, ResumeFile, random_state, set_random_state
+from flowctr.tensorboard import CurveEvents, check_installed
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -105,15 +106,22 @@ class UncertaintyLoss:
 
 @dataclass
 class KnownLoss:
-    """The mean loss of the rows whose label is known, that is not NaN; 0 if there are none."""
+    """The mean loss of the rows whose label is known, that is not NaN; 0 if there are none.
+
+    Attributes:
+        known_share: Share of known labels among all rows of a step that is taken in parts, to be set before each: the
+            mean of the parts' losses, weighted by their rows, is then that of all known rows. None: a batch is a step.
+    """
 
     loss: Loss
+    known_share: Tensor | None = field(default=None, init=False, compare=False)
 
     def __call__(self, y_pred: Tensor, y_true: Tensor, reduction: str = "mean") -> Tensor:
         """Returns the mean, the only reduction there is, without waiting for the device."""
         known = ~y_true.isnan()
         losses = self.loss(y_pred, torch.where(known, y_true, 0.0), reduction="none")
-        return torch.where(known, losses, 0.0).sum() / known.sum().clamp(min=1)
+        count = known.sum().clamp(min=1) if self.known_share is None else len(y_true) * self.known_share
+        return torch.where(known, losses, 0.0).sum() / count
 
 
 def _in_precision(method: Callable) -> Callable:
@@ -149,6 +157,8 @@ class Engine:
         checkpoint_steps: Steps after which `fit` writes its resume file, besides the evaluations; None: only at those.
         loss_weight: How the losses of several labels add up: ``EQ`` sums them, a list has one weight for each label,
             ``UW`` learns the weights (see `UncertaintyLoss`).
+        tensorboard: Whether to write the learning curves for TensorBoard too, to ``<model_id>.tensorboard`` beside the
+            checkpoint.
         scenario: Categorical column within whose values the metrics are evaluated too; None: overall only. The model
             is given it as well.
         **kwargs: The model's arguments.
@@ -160,11 +170,14 @@ class Engine:
         restored: The entry of ``history["valid"]`` that belongs to the weights `fit` left in the model; None without
             validation data.
         base_rates: Label -> mean in the training data, by which NE is normalised; None before `fit`.
+        on_evaluation: Called with ``history["valid"]`` after each evaluation of `fit`, if it is set.
 
     Raises:
         ValueError: If ``loss_weight`` does not fit the labels, ``scenario`` is no categorical column, or the model,
             its optimiser or the device cannot do what is asked for.
     """
+
+    on_evaluation: Callable[[list[dict[str, float]]], None] | None = None
 
     def __init__(
         self,
@@ -178,6 +191,7 @@ class Engine:
         activation_checkpointing: bool = False,
         checkpoint_steps: int | None = None,
         loss_weight: str | Sequence[float] = "EQ",
+        tensorboard: bool = False,
         scenario: str | None = None,
         **kwargs,
     ):
@@ -198,6 +212,9 @@ class Engine:
         if activation_checkpointing:
             acceleration.checkpoint_activations(self)
         self._run_forward = CompiledForward(self, super().forward) if compile else super().forward
+        self._tensorboard = tensorboard
+        if tensorboard:
+            check_installed()
         self._scenario = scenario
         self._scenario_names = scenario_names(self.feature_map, scenario) if scenario else {}
         self._told_unseen: set[int] = set()
@@ -307,6 +324,7 @@ class Engine:
             return super().train_step(batch)
         self.optimizer.zero_grad()
         rows, loss = acceleration.row_count(batch), torch.zeros((), device=self.device)
+        self._share_known(batch, rows)
         for part in acceleration.split_batch(batch, self._gradient_accumulation) if rows else ():
             share = acceleration.row_count(part) / rows
             part_loss = share * self.compute_loss(self.forward(part), self.get_labels(part))
@@ -316,6 +334,17 @@ class Engine:
         nn.utils.clip_grad_norm_(self.parameters(), self._max_gradient_norm)
         self.optimizer.step()
         return loss
+
+    def _share_known(self, batch: Mapping[str, Tensor], rows: int) -> None:
+        """Tells the losses of labels that may be missing which share of the step's rows, in all processes, has them."""
+        functions = self.loss_fn if isinstance(self, MultiTaskModel) else [self.loss_fn]
+        losses = {label: fn for label, fn in zip(self.feature_map.labels, functions) if isinstance(fn, KnownLoss)}
+        if not losses:
+            return
+        shares = [(~batch[label].isnan()).sum() / max(rows, 1) for label in losses]
+        distributed.mean_over_rows(shares, rows)
+        for fn, share in zip(losses.values(), shares):
+            fn.known_share = share.masked_fill_(share == 0, 1)  # of none the loss is 0, whatever it is divided by
 
     def _average_over_processes(self, loss: Tensor, rows: int) -> None:
         if distributed.world_size() == 1:
@@ -380,12 +409,22 @@ class Engine:
         self._epoch_index = 0
         self.resume_file = resume_file
         self._join_processes(data_generator)
+        if getattr(data_generator, "bucket_by_length", False):
+            if self._gradient_accumulation > 1:
+                raise ValueError(
+                    f"gradient_accumulation={self._gradient_accumulation} joins batches, which bucket_by_length gives "
+                    "different lengths; turn one of them off"
+                )
+            acceleration.check_padding_invariance(self, data_generator)
         Path(f"{self.checkpoint}.tmp").unlink(missing_ok=True)  # of a run that was killed while it wrote
 
         logging.info("Start training: %d steps/epoch", steps_per_epoch)
         in_epoch = resume_file is not None and resume_file.state is not None
         if in_epoch:
             self._continue_from(resume_file.state, data_generator, steps_per_epoch)
+        self._events = None
+        if self._tensorboard and distributed.is_writer():
+            self._events = CurveEvents(Path(self.checkpoint).with_suffix(".tensorboard"), self._total_steps)
         for epoch in range(self._epoch_index, epochs):
             self._epoch_index = epoch
             if self._stop_training:
@@ -402,11 +441,13 @@ class Engine:
                     raise self._diverged("predictions are nan", first, last) from error
                 raise
         logging.info("Training finished.")
+        if self.valid_gen is not None and self.restored is None:  # eval_steps is more than the steps there were
+            self.eval_step()
+        if self._events is not None:
+            self._events.close()
         if self.valid_gen is None:
             self.save_weights(self.checkpoint)
             return
-        if self.restored is None:  # eval_steps is more than the steps there were
-            self.eval_step()
         logging.info("Load the best weights, epoch %(epoch)d, step %(step)d", self.restored)
         self.load_weights(self.checkpoint)
 
@@ -537,7 +578,9 @@ class Engine:
         logging.info("Evaluation @epoch %d - step %d:", self._epoch_index + 1, self._total_steps)
         logs, y_true = self._evaluate(self.valid_gen, self.validation_metrics)
         record = {"step": self._total_steps, "epoch": self._epoch_index + 1, **logs}
-        self.history["valid"].append(record)
+        self._add_point("valid", record)
+        if self.on_evaluation is not None:
+            self.on_evaluation(self.history["valid"])
         if self._loss_weighting == "UW":
             weights = torch.exp(-self.loss_log_variances.detach()).tolist()
             listed = ", ".join(f"{label} {weight:.4f}" for label, weight in zip(self.feature_map.labels, weights))
@@ -595,6 +638,18 @@ class Engine:
         y_pred = self._collect(data_generator)[1]
         return y_pred if isinstance(self, MultiTaskModel) else y_pred[self.feature_map.labels[0]]
 
+    def group_aucs(self, data_generator: Batches) -> dict[str, GroupAUCs] | None:
+        """Predicts, and gives for each label the AUC of the groups that gAUC is the mean of.
+
+        Returns:
+            Label -> its groups that have both classes; None if gAUC is not among the configured metrics.
+        """
+        if "gAUC" not in self.validation_metrics:
+            return None
+        y_true, y_pred, group_id, _ = self._collect(data_generator)
+        known = {label: ~np.isnan(values) for label, values in y_true.items()}
+        return {label: group_aucs(y_true[label][k], y_pred[label][k], group_id[k]) for label, k in known.items()}
+
     def rows_per_second(self) -> dict[str, float]:
         """Rates over all work since construction: ``train`` without evaluations, ``evaluate`` with its metrics."""
         return {work: self._rows[work] / self._seconds[work] for work in self._rows}
@@ -649,9 +704,14 @@ class Engine:
             return
         losses = self._read_losses()
         loss = sum(losses) / len(losses)
-        self.history["train"].append({"step": self._total_steps, "epoch": self._epoch_index + 1, "loss": loss})
+        self._add_point("train", {"step": self._total_steps, "epoch": self._epoch_index + 1, "loss": loss})
         logging.info("Train loss: %.6f @step %d", loss, self._total_steps)
         self._step_rows.clear()
+
+    def _add_point(self, curve: str, point: dict[str, float]) -> None:
+        self.history[curve].append(point)
+        if self._events is not None:
+            self._events.add(curve, point)
 
     def _read_losses(self) -> list[float]:
         """Copies the losses since the last record from the device; raises TrainingError if one is not a number."""

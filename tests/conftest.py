@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(autouse=True)
 def root_logger():
-    """FuxiCTR's set_logger replaces the handlers of the root logger."""
+    """A run replaces the handlers of the root logger."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield

@@ -323,6 +323,21 @@ def test_accumulated_batches_are_one_large_batch(tmp_path, eval_steps, evaluated
     assert small._rows["train"] == large._rows["train"]
 
 
+def test_labels_known_in_few_rows_count_the_same_in_all_batches_of_a_step(tmp_path):
+    settings = {"net_regularizer": 0.001, "optimizer": "SGD", "learning_rate": 0.5}
+    large, small = (build(Logistic, tmp_path, gradient_accumulation=n, **settings) for n in (1, 3))
+    batches = batches_of(large.feature_map, 6)
+    for batch, known in zip(batches, (0, 2, 30, 17, 5, 0)):
+        batch["click"][known:] = math.nan
+    joined = [{name: torch.cat([batch[name] for batch in batches[i : i + 3]]) for name in batches[0]} for i in (0, 3)]
+    for model, data in ((large, joined), (small, batches)):
+        model.fit(type("Clicks", (Loader,), {"may_be_missing": ["click"]})(data), epochs=3)
+    losses = [[point["loss"] for point in model.history["train"]] for model in (small, large)]
+    assert len(losses[1]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, weight in large.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], weight, rtol=1e-5, atol=1e-7)
+
+
 def test_accumulation_is_exactly_the_mean_of_the_batches(tmp_path):
     """Bit-equal to a loop over the batches, with dropout and batch statistics of each."""
     settings = {"optimizer": "SGD", "net_regularizer": 0.01}

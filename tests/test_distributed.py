@@ -48,6 +48,8 @@ CASES = {  # rows of the training data, settings of the model, of fit and of the
     "learned weights": (4 * 32 + 3, {"loss_weight": "UW", "fused_regularizer": True}, {}, {}),
     "streamed": (4 * 32 + 3, {}, {}, {"streaming": True, "buffer_size": 64}),
     "on the device": (4 * 32 + 3, {}, {}, {"data_on_device": True}),
+    "labels missing": (4 * 32 + 3, {"loss_weight": "UW"}, {}, {}),
+    "labels missing, accumulated": (5 * 32 + 3, {"gradient_accumulation": 2}, {}, {}),
 }
 VALID_ROWS = 53
 
@@ -88,14 +90,19 @@ def feature_map_of(folder):
     return feature_map
 
 
-def write_rows(folder, split, rows, block_rows=0):
-    """Writes rows of which three each are a group, and returns their columns."""
+def write_rows(folder, split, rows, block_rows=0, missing=False):
+    """Writes rows of which three each are a group, maybe many without ``like``, and returns their columns."""
     feature_map = feature_map_of(folder)
     columns = {name: values.numpy() for name, values in toy_batch(feature_map, rows=rows, seed=rows).items()}
     columns["user_group"] = np.arange(rows) // 3
     columns["click"] = (columns["item"] + 10 * columns["age"] > 15).astype(np.float32)
     folder.mkdir(exist_ok=True)
-    with H5Writer(folder, split, feature_map.features, {}, feature_map.labels, "", block_rows=block_rows) as writer:
+    names = feature_map.features, {}, feature_map.labels
+    partial = []
+    if missing:
+        partial = ["like"]
+        columns["like"][np.random.default_rng(0).random(rows) < 0.7] = np.nan
+    with H5Writer(folder, split, *names, "", block_rows=block_rows, may_be_missing=partial) as writer:
         writer.append(columns)
     return columns
 
@@ -181,7 +188,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     write_rows(path, "valid", VALID_ROWS)
     for case, (rows, *_) in CASES.items():
-        write_rows(path / case, "train", rows)
+        write_rows(path / case, "train", rows, missing=case.startswith("labels missing"))
     return path
 
 
@@ -299,37 +306,42 @@ import os, signal, sys
 import torch
 from flowctr import distributed
 
-def fail(how):
-    if how == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
+def fail():
     raise ValueError("no such column")
 
-how = sys.argv[1]
+def end():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+how, meeting, failing = {"fails": fail, "ends": end}[sys.argv[1]], sys.argv[2], int(sys.argv[3])
+meet = {
+    "barrier": distributed.barrier,
+    "writer": lambda: distributed.from_writer(lambda: "done"),
+    "step": lambda: distributed.mean_over_rows([torch.ones(3)], 1),
+}[meeting]
 with distributed.process_group(-1):
     distributed.barrier()
-    if distributed.rank() == 1:
-        fail(how)
-    if how == "awaited":
-        distributed.barrier()
-    distributed.mean_over_rows([torch.ones(3)], 1)
+    if distributed.rank() == failing:
+        how()
+    meet()
 """
 
 
 @pytest.mark.parametrize(
-    "how, message",
+    "how, meeting, failing",
     [
-        ("awaited", "ProcessError: process 1 of 2 failed: no such column"),
-        ("needed", "ProcessError: process 1 of 2 failed: no such column"),
-        ("killed", "ProcessError: another process of this run has ended or does not answer"),
+        ("fails", "barrier", 1),
+        ("fails", "step", 1),
+        ("ends", "barrier", 1),
+        ("ends", "writer", 0),
     ],
 )
-def test_the_others_stop_with_the_error_of_one(tmp_path, how, message):
+def test_the_others_stop_with_the_error_of_one(tmp_path, how, meeting, failing):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, how],
+            [sys.executable, "-c", SCRIPT, how, meeting, str(failing)],
             cwd=tmp_path,
             env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2"),
             stderr=subprocess.PIPE,
@@ -338,8 +350,12 @@ def test_the_others_stop_with_the_error_of_one(tmp_path, how, message):
         for rank in range(2)
     ]
     errors = [process.communicate(timeout=60)[1] for process in ranks]
-    assert message in errors[0].splitlines()[-1]
-    assert ("ValueError: no such column" in errors[1]) == (how != "killed")
+    own, (last, *_) = errors.pop(failing), [text.splitlines()[-1] for text in errors]
+    if how == "fails":
+        assert own.splitlines()[-1].endswith(" ValueError: no such column")
+        assert last.endswith(f"ProcessError: process {failing} of 2 failed: no such column")
+    else:
+        assert "ProcessError: another process of this run has ended or does not answer: " in last
 
 
 @pytest.fixture

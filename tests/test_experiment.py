@@ -185,6 +185,7 @@ def test_a_run_from_another_folder(folder, tmp_path):
     assert all(set(point) == {"step", "epoch", "loss"} for point in result["curves"]["train"])
     # tables of 20 and 5 values, <PAD> and <OOV>; two towers on 3 fields; the numeric field's own linear map
     assert result["parameters"] == {"total": 29 * 4 + 2 * (12 * 8 + 8 + 8 + 1) + 4, "non_embedding": 2 * 113 + 4}
+    assert result["flops_per_row"] == 2 * (2 * (12 * 8 + 8) + 4)
     assert result["speed"]["train_rows_per_second"] > 0 and result["speed"]["evaluate_rows_per_second"] > 0
     assert result["peak_memory_bytes"]["host"] > 50e6 and result["peak_memory_bytes"]["device"] is None
     assert result["versions"]["torch"] == torch.__version__ and result["versions"]["flowctr"] == flowctr.__version__

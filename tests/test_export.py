@@ -112,6 +112,17 @@ class Odd(nn.Module):
         return {"y_pred": self.compute(columns["age"].view(-1, 1))}
 
 
+@pytest.mark.filterwarnings("error::UserWarning", "error::FutureWarning")
+def test_a_graph_takes_what_the_model_reads_and_torch_does_not_warn(tmp_path):
+    trained = as_trained(Odd(torch.sigmoid), tmp_path)
+    path = export(trained, "onnx", tmp_path / "model.onnx").path
+    inputs = onnxruntime.InferenceSession(path).get_inputs()
+    assert [(value.name, value.shape) for value in inputs] == [("age", ["batch"])]
+    columns = columns_of(trained.feature_map, 5, seed=1)
+    found = run_alone("onnx", path, {"age": columns["age"]})["click_pred"]
+    torch.testing.assert_close(found, columns["age"].sigmoid().view(-1, 1))
+
+
 def branches(x):
     return x if x.sum() > 3 else -x
 

@@ -52,7 +52,8 @@ class Scheduled(SingleTask):
 
 
 def file_of(tmp_path, data="digest", **settings):
-    return ResumeFile({"model_root": str(tmp_path), "dataset_id": "toy", "model_id": "runTrue", **settings}, data)
+    params = {"model_root": str(tmp_path), "dataset_id": "toy", "model_id": "runTrue", **settings}
+    return ResumeFile(params, data, time.perf_counter())
 
 
 def fit(tmp_path, model_class, settings, epochs=4, batches=7, stop_at=None, resumed=True, validated=True):
@@ -177,6 +178,17 @@ def start(*arguments):
     return process
 
 
+def age(file):
+    """Makes a resume file one of a run that has taken 1000 seconds more."""
+    content = torch.load(file, weights_only=True)
+    torch.save({**content, "wall_seconds": content["wall_seconds"] + 1000}, file)
+
+
+def wall_seconds(folder):
+    (path,) = (folder / "results").glob("*.json")
+    return json.loads(path.read_text())["wall_seconds"]
+
+
 def log_of(folder):
     (path,) = (folder / "checkpoints").glob("*/*.log")
     return path.read_text()
@@ -247,9 +259,11 @@ def test_a_stage_that_was_killed_goes_on(tmp_path, built, whole_runs, stage):
     while not file.exists() and process.is_alive():
         time.sleep(0.002)
     assert kill(process) and file.exists()
+    age(file)
     run("AutoIFS", tmp_path, built, [*RUNS["AutoIFS"], "resume=auto"])
     log = log_of(tmp_path)
-    assert log.count("Resume after step") == 1
+    assert log.count("FuxiCTR version") == 2 and log.count("Resume after step") == 1
+    assert wall_seconds(tmp_path) > 1000
     assert ("There is no" in log) == (stage == "-search"), "the retraining has not begun"
     assert_same_outcome(outcome(tmp_path), whole_runs["AutoIFS"][0])
 
@@ -272,11 +286,25 @@ def test_a_run_that_had_been_trained_does_not_train_again(tmp_path, built, inter
     assert outcome(tmp_path)[0]["metrics"]["test"] and not interrupted.exists()
 
 
+def test_log_and_wall_time_are_those_of_all_starts(tmp_path, built, interrupted):
+    age(interrupted)
+    first = log_of(tmp_path)
+    earlier = torch.load(interrupted, weights_only=True)["wall_seconds"]
+    started = time.perf_counter()
+    run("DHEN", tmp_path, built, ["epochs=1", "resume=auto"])
+    assert earlier < wall_seconds(tmp_path) < earlier + time.perf_counter() - started
+    assert log_of(tmp_path).startswith(first) and log_of(tmp_path).count("Epoch=1 start") == 1
+    run("DHEN", tmp_path, built, ["epochs=1", "resume=auto"])
+    assert log_of(tmp_path).count("FuxiCTR version") == 1, "the run before was done"
+
+
 def test_without_resume_a_run_starts_anew_and_says_so(tmp_path, built, interrupted, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Engine, "train_step", lambda self, batch: (_ for _ in ()).throw(KeyboardInterrupt))
         run("DHEN", tmp_path, built, ["epochs=1", "net_dropout=0.1"])  # other settings are no obstacle then
-    assert f"{interrupted} of an interrupted run is removed; --resume would have continued it" in log_of(tmp_path)
+    log = log_of(tmp_path)
+    assert f"{interrupted} of an interrupted run is removed; --resume would have continued it" in log
+    assert log.count("FuxiCTR version") == 1
     assert not interrupted.exists(), "its best weights may be replaced from now on"
     run("DHEN", tmp_path, built, ["epochs=1", "net_dropout=0.1", "resume=auto"])
     assert "Resume after" not in log_of(tmp_path)
@@ -331,7 +359,7 @@ def test_a_damaged_file_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"runTrue.resume is damaged .*; start anew, without --resume"):
             file.load()
     torch.save({"weight": torch.zeros(3)}, file.path)
-    with pytest.raises(ValueError, match="is no resume checkpoint of format 1"):
+    with pytest.raises(ValueError, match="is no resume checkpoint of format 2"):
         file.load()
     file.path.write_bytes(whole)
     file.load()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,11 @@ from flowctr.data.format import FORMAT, feature_map_digest, find_h5, h5_files, n
 WINDOW_BYTES = 2**28  # what streaming keeps in memory at a time
 READ_ROWS = 65536
 PREFETCH_BATCHES = 8
+LENGTH_CLASSES = 4  # of bucket_by_length: up to an eighth, a quarter and a half of the longest sequence, and all of it
+BUCKETED_BATCHES = 64  # whose rows are put in order of their lengths at a time
+
+
+_Buffer = tuple[torch.dtype, bool]
 
 
 @dataclass
@@ -35,6 +41,7 @@ class _Column:
     complaint: str = ""
     may_be_missing: bool = False
     is_meta: bool = False
+    padding: str | None = None  # of a sequence: "pre" or "post"
 
     @property
     def width(self) -> int:
@@ -42,13 +49,22 @@ class _Column:
         return int(np.prod(self.shape))
 
     @property
-    def buffer(self) -> tuple[torch.dtype, bool]:
+    def buffer(self) -> _Buffer:
         """The buffer of a packed batch that holds it."""
         return self.tensor_dtype, self.is_meta
 
+    def cut(self, length: int | None) -> slice:
+        """The steps of a sequence that are left when padding is cut off; other columns have none."""
+        return slice(-length, None) if self.padding == "pre" else slice(length)
 
-_Packed = dict[tuple[torch.dtype, bool], torch.Tensor]
-"""A batch: one buffer for all columns of a type, those that stay on the host (meta) by themselves."""
+    def cut_shape(self, length: int | None) -> tuple[int, ...]:
+        """The shape of a row whose padding is cut off."""
+        return self.shape if length is None or not self.padding else (min(length, *self.shape),)
+
+
+_Packed = tuple[dict[_Buffer, torch.Tensor], int | None]
+"""A batch: one buffer for all columns of a type, those that stay on the host (meta) by themselves; and the length that
+its sequences are cut to, if any."""
 
 
 @dataclass
@@ -61,6 +77,7 @@ class _Stack:
     names: list[str]
     values: torch.Tensor
     tensor_dtype: torch.dtype
+    padding: str | None
     bits: int | None
 
 
@@ -93,6 +110,8 @@ class H5DataLoader:
         pin_memory: Whether batches lie in pinned memory on their way; None for "if they go to a GPU".
         num_workers: Any value above 0 prepares batches ahead in one thread, as streaming and pinning always do.
         gpu: Index of the GPU that the batches go to, as in FuxiCTR; -1 for none.
+        bucket_by_length: Whether rows with sequences of similar lengths share a batch of the shuffled training split,
+            from which padding is cut off, to one of `LENGTH_CLASSES` lengths. The rows of a batch are less random then.
         data_on_device: Whether all columns but meta ones are kept, in their narrow types, on the GPU (or in the CPU's
             memory without one). Batches are the same. What would take more than half of the memory that is free there
             is copied batch by batch instead, with a warning.
@@ -129,6 +148,7 @@ class H5DataLoader:
         pin_memory: bool | None = None,
         num_workers: int = 0,
         gpu: int = -1,
+        bucket_by_length: bool = False,
         data_on_device: bool = False,
         task: str | list[str] = "binary_classification",
         rank: int = 0,
@@ -145,6 +165,10 @@ class H5DataLoader:
         self.device = torch.device("cuda", gpu) if gpu >= 0 and torch.cuda.is_available() else torch.device("cpu")
         self.pin_memory = self.device.type == "cuda" if pin_memory is None else pin_memory
         self._columns = _columns(feature_map, self.files[0], task)
+        self._sequences = [name for name, column in self._columns.items() if column.padding]
+        if bucket_by_length and not self._sequences:
+            raise ValueError(f"bucket_by_length: {data_path} has no sequence that says where it is padded; turn it off")
+        self.bucket_by_length = bucket_by_length and self.shuffle
         digest = feature_map_digest(feature_map.data_dir)
         inspected = [_inspect(path, feature_map, self._columns, digest) for path in self.files]
         file_rows = [rows for rows, _ in inspected]
@@ -187,11 +211,11 @@ class H5DataLoader:
         self._window_rows = max(1, -(-window_rows // self._dealt_rows)) * self._dealt_rows
         self._ahead = bool(streaming or self.pin_memory or num_workers)
         self._arrays = None if streaming else self._load()
-        self._widths: dict[tuple[torch.dtype, bool], int] = defaultdict(int)  # of a packed row, by buffer
-        self._firsts = {}  # column -> where it starts in a packed row
-        for name, column in self._columns.items():
-            self._firsts[name] = self._widths[column.buffer]
-            self._widths[column.buffer] += column.width
+        longest = max((self._columns[name].width for name in self._sequences), default=0)
+        self._lengths = [-(-longest // 2**k) for k in reversed(range(LENGTH_CLASSES))]
+        self._classes = None  # of all rows held; streaming finds those of each window
+        if self.bucket_by_length and not streaming:
+            self._classes = self._length_classes(self._arrays, self._rows)
         self._stacks = None
         if data_on_device and self._fits_on_device(split):
             self._stacks = self._move_to_device()
@@ -213,68 +237,129 @@ class H5DataLoader:
     def _packed(self, rng: np.random.Generator, first_row: int) -> Iterator[_Packed]:
         windows = self._windows(rng) if self.streaming else [(self._arrays, self._rows)]
         for arrays, rows in windows:
-            order = rng.permutation(rows) if self.shuffle else None
+            classes = self._classes
+            if self.bucket_by_length and self.streaming:
+                classes = self._length_classes(arrays, rows)
+            order = self._order(rng, rows, classes) if self.shuffle else None
             for batch in self._dealt(min(first_row, rows), rows):
-                yield self._pack(arrays, batch if order is None else order[batch])
+                chosen = batch if order is None else order[batch]
+                yield self._pack(arrays, chosen, self._cut_length(classes, chosen))
             first_row = max(0, first_row - rows)
+
+    def _length_classes(self, arrays: dict[str, np.ndarray], rows: int) -> np.ndarray:
+        """Finds for each row the smallest of the lengths that all its sequences fit into, as its index."""
+        classes = np.zeros(rows, dtype=np.uint8)
+        for name in self._sequences:
+            column = self._columns[name]
+            for k, length in enumerate(self._lengths[:-1]):
+                cut_off = slice(None, -length) if column.padding == "pre" else slice(length, None)
+                for start in range(0, rows, READ_ROWS):  # in parts, which bounds the memory
+                    part = slice(start, min(rows, start + READ_ROWS))
+                    longer = arrays[name][part, cut_off].any(axis=1)
+                    np.maximum(classes[part], longer * np.uint8(k + 1), out=classes[part])
+        return classes
+
+    def _order(self, rng: np.random.Generator, rows: int, classes: np.ndarray | None) -> np.ndarray:
+        """Shuffles rows; with their length classes, so that most batches hold rows of one class."""
+        order = rng.permutation(rows)
+        if classes is None:
+            return order
+        size = self._dealt_rows
+        for start in range(0, rows, BUCKETED_BATCHES * size):
+            part = order[start : start + BUCKETED_BATCHES * size]
+            part[:] = part[np.argsort(classes[part], kind="stable")]
+            whole = part[: len(part) // size * size].reshape(-1, size)
+            whole[:] = whole[rng.permutation(len(whole))]
+        return order
+
+    def _cut_length(self, classes: np.ndarray | None, rows: np.ndarray) -> int | None:
+        """Gives the length that the sequences of a batch are cut to; None leaves them whole."""
+        return None if classes is None else self._lengths[classes[rows].max(initial=0)]
 
     def _dealt(self, first_row: int, rows: int) -> Iterator[slice]:
         """Yields the rows of each of this process's batches."""
         for start in range(first_row, rows, self._dealt_rows):
             yield slice(*_share(start, min(rows, start + self._dealt_rows), self._share, self._shares))
 
-    def _pack(self, arrays: dict[str, np.ndarray], rows: slice | np.ndarray) -> _Packed:
+    def _pack(self, arrays: dict[str, np.ndarray], rows: slice | np.ndarray, length: int | None) -> _Packed:
         """Gathers rows, each column into its part of a buffer."""
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        packed = {
+        widths: dict[_Buffer, int] = defaultdict(int)
+        for column in self._columns.values():
+            widths[column.buffer] += math.prod(column.cut_shape(length))
+        buffers = {
             (dtype, is_meta): torch.empty(count * width, dtype=dtype, pin_memory=self.pin_memory)
-            for (dtype, is_meta), width in self._widths.items()
+            for (dtype, is_meta), width in widths.items()
         }
-        for name, tensor in self._unpack(packed).items():
-            array = arrays[name]
-            tensor.numpy()[...] = array[rows] if isinstance(rows, slice) else np.take(array, rows, axis=0)
-        return packed
+        for name, tensor in self._unpack((buffers, length)).items():
+            array, column = arrays[name], self._columns[name]
+            if column.cut_shape(length) != column.shape:
+                tensor.numpy()[...] = array[:, column.cut(length)][rows]
+            else:
+                tensor.numpy()[...] = array[rows] if isinstance(rows, slice) else np.take(array, rows, axis=0)
+        return buffers, length
 
     def _unpack(self, packed: _Packed) -> dict[str, torch.Tensor]:
         """Views the columns, which lie one after the other in the buffers."""
+        buffers, length = packed
+        shapes = {name: column.cut_shape(length) for name, column in self._columns.items()}
+        widths: dict[_Buffer, int] = defaultdict(int)
+        for name, column in self._columns.items():
+            widths[column.buffer] += math.prod(shapes[name])
+        rows = {kind: len(buffer) // widths[kind] for kind, buffer in buffers.items()}
+        firsts: dict[_Buffer, int] = defaultdict(int)
         batch = {}
         for name, column in self._columns.items():
-            buffer, first = packed[column.buffer], self._firsts[name]
-            rows = len(buffer) // self._widths[column.buffer]
-            batch[name] = buffer[rows * first : rows * (first + column.width)].view(rows, *column.shape)
+            kind = column.buffer
+            values = rows[kind] * math.prod(shapes[name])
+            batch[name] = buffers[kind][firsts[kind] : firsts[kind] + values].view(rows[kind], *shapes[name])
+            firsts[kind] += values
         return batch
+
+    def padded(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Gives a batch whose sequences have been cut with its padding."""
+        padded = dict(batch)
+        for name in self._sequences:
+            missing = self._columns[name].width - batch[name].shape[1]
+            sides = (missing, 0) if self._columns[name].padding == "pre" else (0, missing)
+            padded[name] = torch.nn.functional.pad(batch[name], sides)
+        return padded
 
     def _sent(self, batches: Iterable[_Packed]) -> Iterator[tuple[_Packed, torch.cuda.Event]]:
         """Starts the copy of each batch to the GPU; the event is its arrival."""
         stream = torch.cuda.Stream(self.device)
-        for packed in batches:
+        for buffers, length in batches:
             with torch.cuda.stream(stream):
                 copies = {
                     (dtype, is_meta): buffer if is_meta else buffer.to(self.device, non_blocking=True)
-                    for (dtype, is_meta), buffer in packed.items()
+                    for (dtype, is_meta), buffer in buffers.items()
                 }
-            yield copies, stream.record_event()
+            yield (copies, length), stream.record_event()
 
     def _received(self, batches: Iterable[tuple[_Packed, torch.cuda.Event]]) -> Iterator[dict[str, torch.Tensor]]:
         """Lets the current stream wait for each batch, not the host."""
         for packed, arrival in batches:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(arrival)
-            for (_, is_meta), buffer in packed.items():
+            buffers, _ = packed
+            for (_, is_meta), buffer in buffers.items():
                 if not is_meta:
                     buffer.record_stream(stream)  # its memory is the copying stream's, but this one uses it
             yield self._unpack(packed)
 
     def _gathered_on_device(self, rng: np.random.Generator, first_row: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the batches of ``data_on_device``."""
-        order = rng.permutation(self._rows) if self.shuffle else np.arange(self._rows)
+        order = self._order(rng, self._rows, self._classes) if self.shuffle else np.arange(self._rows)
         order_on_device = torch.from_numpy(order).to(self.device)  # once: a copy for each batch would wait for the step
         for rows in self._dealt(first_row, self._rows):
-            batch = {}
+            batch, length = {}, self._cut_length(self._classes, order[rows])
             for name, array in self._arrays.items():
                 batch[name] = torch.from_numpy(np.take(array, order[rows], axis=0)).to(self._columns[name].tensor_dtype)
             for stack in self._stacks:
-                gathered = stack.values.index_select(0, order_on_device[rows]).transpose(0, 1)
+                values = stack.values
+                if length is not None and stack.padding:
+                    values = values[..., self._columns[stack.names[0]].cut(length)]
+                gathered = values.index_select(0, order_on_device[rows]).transpose(0, 1)
                 values = torch.empty(gathered.shape, dtype=stack.tensor_dtype, device=self.device).copy_(gathered)
                 batch.update(zip(stack.names, values if stack.bits is None else values.bitwise_and_(stack.bits)))
             yield {name: batch[name] for name in self._columns}
@@ -309,16 +394,16 @@ class H5DataLoader:
         names_by_kind: dict[tuple, list[str]] = defaultdict(list)
         for name, column in self._columns.items():
             if not column.is_meta:
-                names_by_kind[column.dtype, column.tensor_dtype, column.shape].append(name)
+                names_by_kind[column.dtype, column.tensor_dtype, column.shape, column.padding].append(name)
         stacks = []
-        for (dtype, tensor_dtype, shape), names in names_by_kind.items():
+        for (dtype, tensor_dtype, shape, padding), names in names_by_kind.items():
             # torch gathers no uint16: it is kept as int16, whose bits are read as what they are when they are widened.
             unsigned = dtype == np.uint16
             columns = [torch.from_numpy(self._arrays.pop(name).view(np.int16 if unsigned else dtype)) for name in names]
             values = torch.empty((self._rows, len(names), *shape), dtype=columns[0].dtype, device=self.device)
             for i, column in enumerate(columns):
                 values[:, i] = column
-            stacks.append(_Stack(names, values, tensor_dtype, 0xFFFF if unsigned else None))
+            stacks.append(_Stack(names, values, tensor_dtype, padding, 0xFFFF if unsigned else None))
         return stacks
 
     def _windows(self, rng: np.random.Generator):
@@ -470,6 +555,8 @@ def _columns(feature_map, path: Path, task: str | list[str]) -> dict[str, _Colum
                 dtype = file[name].dtype
                 column = _Column(shape, dtype, torch.int64 if dtype.itemsize == 8 else torch.int32)
             column.is_meta = spec["type"] == "meta"
+            if spec["type"] == "sequence":
+                column.padding = file[name].attrs.get("padding")
             columns[name] = column
     return columns
 
