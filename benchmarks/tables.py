@@ -1,15 +1,21 @@
 """Writes the tables of benchmarks/README.md from the result files beside it: python benchmarks/tables.py."""
 
-import csv
 import json
 from pathlib import Path
 
 import numpy as np
+from flowctr.compare import best_marks
+from flowctr.metrics import LOG_METRICS
+from flowctr.results import read_published
 from study import markdown, read, spread, targets_of, value_of
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 METRICS = ("gAUC", "AUC", "logloss", "NE")
+SIGNIFICANCE = (
+    "Bold: better than every other experiment of the table, each by a paired t-test over the seeds, p < .05 after "
+    "Holm's correction."
+)
 NOT_SETTINGS = ("model", "model_id", "model_root", "seed", "gpu", "cuda_graphs")  # where and how it ran, not what
 
 
@@ -29,31 +35,42 @@ def filled(page: str) -> str:
 
 
 def table(name: str) -> str:
-    """Builds one table: what a speed script measured, the studies on a data set, or its single runs."""
-    speed = {"data": data_speed, "scaling": scaling, "pairs": pairs, "training": training}
+    """Builds one table: what a speed script measured, or a data set's studies, single runs or published rows."""
+    speed = {"data": data_speed, "scaling": scaling, "pairs": pairs, "distributed": distributed}
     if name in speed:
         return speed[name]()
-    return studies(name.removeprefix("studies ")) if name.startswith("studies ") else runs(name)
+    kind, _, dataset_id = name.rpartition(" ")
+    return {"studies": studies, "published": published, "training": training, "": runs}[kind](dataset_id)
 
 
 def studies(dataset_id: str) -> str:
-    """Lists the studies on a data set, the best on the test data first: mean and deviation over the seeds."""
+    """Lists the studies on a data set, the best on the test data first: mean and deviation over the seeds.
+
+    What is significantly better than all others is bold.
+    """
     folders = [path.parent for path in HERE.glob("*/*/tuner_config.yaml")]
     folders = [folder for folder in folders if read(folder)["dataset_id"] == dataset_id]
     finals = {f: [json.loads(path.read_text()) for path in sorted((f / "results").glob("*.json"))] for f in folders}
     *_, summary = targets = targets_of(finals[folders[0]][0])
     columns = [(target, "AUC") for target in targets if "@" not in target or target == summary]
     columns += [(summary, "gAUC"), (summary, "NE")]
+    folders.sort(key=lambda f: -np.mean([value_of(r, "test", summary, "AUC") for r in finals[f]]))
+    cells = []
+    for target, metric in columns:
+        values = [{r["seed"]: value_of(r, "test", target, metric) for r in finals[folder]} for folder in folders]
+        marks = best_marks(values, lower_is_better=metric in LOG_METRICS)
+        shown = [spread(list(by_seed.values())) for by_seed in values]
+        cells.append([f"**{text}**" if mark else text for text, mark in zip(shown, marks)])
     rows = []
-    for folder in sorted(folders, key=lambda f: -np.mean([value_of(r, "test", summary, "AUC") for r in finals[f]])):
-        values = [spread([value_of(result, "test", *column) for result in finals[folder]]) for column in columns]
+    for folder, values in zip(folders, zip(*cells)):
         size = f"{finals[folder][0]['parameters']['non_embedding']:,}"
         rows.append([f"[{folder.name}]({folder.relative_to(HERE)}/README.md)", len(finals[folder]), *values, size])
-    return markdown(["experiment", "seeds", *map(" ".join, columns), "parameters"], rows)
+    lines = markdown(["experiment", "seeds", *map(" ".join, columns), "parameters"], rows)
+    return f"{lines}\n\n{SIGNIFICANCE}" if len(folders) > 1 else lines
 
 
 def runs(dataset_id: str) -> str:
-    """Lists the single runs of a data set, the best on its validation data first, then the reference rows."""
+    """Lists the single runs of a data set, the best on its validation data first."""
     results = [json.loads(path.read_text()) for path in sorted(HERE.glob("*/*.json"))]
     results = [result for result in results if result["dataset_id"] == dataset_id]
     results.sort(key=lambda result: -result["metrics"]["valid"]["AUC"])
@@ -72,14 +89,18 @@ def runs(dataset_id: str) -> str:
                     *("–" if value is None else f"{value:.4f}" for value in values),
                 ]
             )
-    with open(HERE / "reference_results.csv", newline="") as file:
-        references = [row for row in csv.DictReader(file) if row["dataset_id"] == dataset_id]
-    for row in references:
-        test = [row["gAUC"], row["AUC"], row["logloss"], "–"]
-        rows.append([row["model"], row["source"], "–", *([""] if labelled else []), *["–"] * 4, *test])
     columns = ["model", "settings", "seed", *(["label"] if labelled else [])]
     columns += [f"{split} {name}" for split in ("valid", "test") for name in METRICS]
     return markdown(columns, rows)
+
+
+def published(dataset_id: str) -> str:
+    """Lists what others report on a data set, the best AUC first."""
+    rows = [row for row in read_published(HERE / "published_results.csv") if row.dataset_id == dataset_id]
+    rows.sort(key=lambda row: (row.task, -row.metrics["AUC"]))
+    names = [name for name in METRICS if any(name in row.metrics for row in rows)]
+    lines = [[row.model, row.task, *(f"{row.metrics[name]:.4f}" for name in names), row.source] for row in rows]
+    return markdown(["model", "task", *(f"test {name}" for name in names), "source"], lines)
 
 
 def settings(result: dict, results: list[dict]) -> str:
@@ -124,19 +145,38 @@ def scaling() -> str:
     return markdown(["model", "against", "sizes", "seconds a step", "peak MiB", "exponent"], rows)
 
 
-def training() -> str:
-    """Lists what `benchmarks/speed/training.py` measured last."""
-    result = json.loads((HERE / "speed" / "results" / "training.json").read_text())
+def training(device: str) -> str:
+    """Lists what `benchmarks/speed/training.py` measured last on the ``cpu`` or on a GPU, ``cuda``."""
+    result = json.loads((HERE / "speed" / "results" / f"training_{device}.json").read_text())
+    shown = {
+        "rows/s": ("rows_per_second", "{:,.0f}"),
+        "over FuxiCTR": ("over_fuxictr", "{:.2f}"),
+        "evaluation, s": ("evaluate_seconds", "{:.2f}"),
+        "peak GB": ("peak_bytes", "{:.2f}"),
+        "loss difference": ("loss_difference", "{:.0e}"),
+    }
+    measured = [(model, name, run) for model, runs in result["models"].items() for name, run in runs.items()]
+    shown = {heading: of for heading, of in shown.items() if any(run.get(of[0]) is not None for *_, run in measured)}
     rows = []
-    for model, measured in result["models"].items():
-        for name, run in measured.items():
-            if "error" in run:
-                rows.append([model, name, run["error"].splitlines()[0], *["–"] * 4])
-                continue
-            ratios = ["–" if run[key] is None else f"{run[key]:.2f}" for key in ("over_fuxictr", "over_plain")]
-            peak = "–" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 1e9:.2f}"
-            rows.append([model, name, f"{run['rows_per_second']:,.0f}", *ratios, peak, f"{run['loss_difference']:.0e}"])
-    return markdown(["model", "option", "rows/s", "over FuxiCTR", "over plain", "peak GB", "loss difference"], rows)
+    for model, name, run in measured:
+        if "error" in run:
+            cells = [run["error"].splitlines()[0], *["–"] * (len(shown) - 1)]
+        else:
+            values = {**run, "peak_bytes": run["peak_bytes"] and run["peak_bytes"] / 1e9}
+            cells = ["–" if values.get(key) is None else form.format(values[key]) for key, form in shown.values()]
+        rows.append([model, name, *cells])
+    return markdown(["model", "option", *shown], rows)
+
+
+def distributed() -> str:
+    """Lists how much faster several processes train than one."""
+    result = json.loads((HERE / "speed" / "results" / "distributed.json").read_text())
+    several = result["processes"]
+    rows = [
+        [name, len(run["turns"]), f"{run['one']:,.0f}", f"{run['several']:,.0f}", f"{run['ratio']:.2f}"]
+        for name, run in result["runs"].items()
+    ]
+    return markdown(["option", "turns", "rows/s of 1", f"rows/s of {several}", "ratio"], rows)
 
 
 def pairs() -> str:

@@ -1,11 +1,8 @@
-"""Result files as tables: one for the terminal, and one self-contained HTML report with plots and provenance."""
+"""Results as a table for the terminal, and a page that compares some runs: metrics, plots and provenance."""
 
 import datetime
-import io
 import json
 import math
-import os
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,54 +10,24 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from flowctr.pages import COLOR_INKS, COLORS, STYLE, shown, svg, write_page
+from flowctr.results import (
+    MEAN,
+    METRICS,
+    SPLITS,
+    metric_name,
+    metric_of,
+    scenarios_of,
+    targets_of,
+    unique,
+)
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from rich.table import Table
 from rich.text import Text
 
-FORMAT = 1
-REQUIRED = ("expid", "model", "dataset_id", "seed", "labels", "metrics")
-SPLITS = ("valid", "test")
-METRICS = {"AUC": max, "gAUC": max, "logloss": min, "NE": min}  # name -> what picks the best of several runs
-MEAN = "mean"
-DASH = "–"
-
-# Okabe-Ito colours as (on white, on dark): 3:1 against their background, and apart from each other in every common
-# colour blindness. Runs beyond the fifth repeat the colours with the next dash pattern (in points).
-RUN_COLORS = (
-    ("#0072b2", "#56b4e9"),
-    ("#d55e00", "#e69f00"),
-    ("#009e73", "#009e73"),
-    ("#cc79a7", "#cc79a7"),
-    ("#000000", "#f0e442"),
-)
-RUN_DASHES = ((), (5, 2), (1, 1), (5, 2, 1, 2))
-# Matplotlib draws with these stand-ins; `_svg` turns them into the page's CSS colours, which know light and dark.
-INK, LINE = "#fe0000", "#fe0001"
-RUN_INKS = tuple(f"#fe01{i:02x}" for i in range(len(RUN_COLORS)))
-CSS_COLORS = {INK: "var(--ink)", LINE: "var(--line)"} | {ink: f"var(--run-{i})" for i, ink in enumerate(RUN_INKS)}
-STYLE = {
-    "axes.edgecolor": LINE,
-    "axes.facecolor": "none",
-    "axes.formatter.useoffset": False,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 8,
-    "grid.color": LINE,
-    "grid.linewidth": 0.5,
-    "savefig.facecolor": "none",
-    "svg.fonttype": "none",  # text stays text: small, sharp, in the page's font
-    "svg.hashsalt": "flowctr",  # equal results give an equal page
-    "text.color": INK,
-    "text.parse_math": False,  # a "$" in a column name is a "$"
-    "xtick.color": LINE,
-    "xtick.labelcolor": INK,
-    "ytick.color": LINE,
-    "ytick.labelcolor": INK,
-}
+RUN_DASHES = ((), (5, 2), (1, 1), (5, 2, 1, 2))  # in points; the next one for runs beyond the last colour
 MAX_CURVE_POINTS = 200
 MAX_MARKERS = 30
 MAX_TICKS = 24
@@ -83,11 +50,11 @@ class Run:
 
     @property
     def color(self) -> int:
-        return (self.number - 1) % len(RUN_COLORS)
+        return (self.number - 1) % len(COLORS)
 
     @property
     def dashes(self) -> tuple[float, ...]:
-        return RUN_DASHES[(self.number - 1) // len(RUN_COLORS) % len(RUN_DASHES)]
+        return RUN_DASHES[(self.number - 1) // len(COLORS) % len(RUN_DASHES)]
 
 
 def metrics_table(result: dict) -> Table:
@@ -100,89 +67,57 @@ def metrics_table(result: dict) -> Table:
         One row per split and label (and one for their mean, if there are several) with AUC, gAUC, logloss and NE.
     """
     title = f"{result['expid']} on {result['dataset_id']}, seed {result['seed']}"
-    table = Table(title=Text(title), caption=Text(f"NE base: {_shown(result.get('ne_base'))}"))
+    table = Table(title=Text(title), caption=Text(f"NE base: {shown(result.get('ne_base'))}"))
     table.add_column("split")
     table.add_column("label", overflow="fold")
     for metric in METRICS:
         table.add_column(metric, justify="right", no_wrap=True)
     for split in SPLITS:
-        for label in _targets([result]):
-            values = (_metric(result, split, label, metric) for metric in METRICS)
-            table.add_row(split, Text(label), *(_shown(value, ".6f") for value in values))
+        for label in targets_of([result]):
+            values = (metric_of(result, split, label, metric) for metric in METRICS)
+            table.add_row(split, Text(label), *(shown(value, ".6f") for value in values))
         table.add_section()
     return table
 
 
-def write_report(result_files: Sequence[Path], out: Path) -> Path:
+def write_report(results: Sequence[tuple[Path, dict]], path: Path) -> Path:
     """Writes one HTML page that compares runs and tells how each came about; it needs no other file and no network.
 
     Args:
-        result_files: The runs' result JSONs; an attention file that one names is read from beside it.
-        out: Folder of the page, created if needed; an ``index.html`` in it is replaced.
+        results: File and result of each run; an attention file that a result names is read from beside its file.
+        path: The page.
 
     Returns:
-        Path of the page, ``out/index.html``.
+        The path.
 
     Raises:
-        ValueError: If there is no result file, or one of them is not a result of the known format.
+        ValueError: If there is no result, or a file of attention maps is none.
     """
-    if not result_files:
-        raise ValueError("no result files to report on; name at least one results/*.json of a finished run")
-    runs = [Run(number, Path(path), _read(Path(path))) for number, path in enumerate(result_files, start=1)]
+    if not results:
+        raise ValueError("no results to report on; name at least one results/*.json of a finished run")
+    runs = [Run(number, file, result) for number, (file, result) in enumerate(results, start=1)]
     by_dataset: dict[str, list[Run]] = {}
     for run in runs:
         by_dataset.setdefault(run.result["dataset_id"], []).append(run)
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["shown"] = _shown
     with matplotlib.rc_context(STYLE):
-        page = environment.get_template("report.html.jinja").render(
-            models=_unique(run.result["model"] for run in runs),
+        return write_page(
+            path,
+            "report.html.jinja",
+            models=unique(run.result["model"] for run in runs),
             datasets=[_dataset_section(dataset_id, members) for dataset_id, members in by_dataset.items()],
             runs=[_run_section(run) for run in runs],
             metrics=METRICS,
             splits=SPLITS,
-            run_colors=RUN_COLORS,
         )
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f".index.html.{os.getpid()}"
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out / "index.html")
-    finally:
-        temporary.unlink(missing_ok=True)
-    return out / "index.html"
-
-
-def _read(path: Path) -> dict:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a result file: no JSON in it ({error})") from error
-    if not isinstance(result, dict) or "format" not in result:
-        raise ValueError(f"{path} is not a result file: it has no `format`; expected format {FORMAT}")
-    if result["format"] != FORMAT:
-        raise ValueError(f"{path} has result format {result['format']!r}; this version of flowctr reads {FORMAT}")
-    missing = [key for key in REQUIRED if key not in result]
-    if missing:
-        raise ValueError(f"{path} is not a complete result file of format {FORMAT}: it lacks {', '.join(missing)}")
-    return result
 
 
 def _dataset_section(dataset_id: str, runs: list[Run]) -> dict:
     """Collects what the page says about one data set: the comparison of its runs, and their curves."""
     results = [run.result for run in runs]
     tables = []
-    for target in _targets(results):
+    for target in targets_of(results):
         columns = [
-            _best_marked([_metric(result, split, target, metric) for result in results], pick_best)
+            _best_marked([metric_of(result, split, target, metric) for result in results], pick_best)
             for split in SPLITS
             for metric, pick_best in METRICS.items()
         ]
@@ -192,7 +127,7 @@ def _dataset_section(dataset_id: str, runs: list[Run]) -> dict:
         "id": dataset_id,
         "runs": runs,
         "tables": tables,
-        "ne_bases": _unique(_shown(result.get("ne_base")) for result in results),
+        "ne_bases": unique(shown(result.get("ne_base")) for result in results),
         "curves": _curves(runs),
     }
 
@@ -215,10 +150,11 @@ def _run_section(run: Run) -> dict:
         "fuxictr sha256": fuxictr.get("sha256"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or None,
         "device": result.get("device"),
-        "parameters, total": _shown(parameters.get("total"), ","),
-        "parameters, non-embedding": _shown(parameters.get("non_embedding"), ","),
-        "rows/s, training": _shown(speed.get("train_rows_per_second"), ",.0f"),
-        "rows/s, evaluation": _shown(speed.get("evaluate_rows_per_second"), ",.0f"),
+        "parameters, total": shown(parameters.get("total"), ","),
+        "parameters, non-embedding": shown(parameters.get("non_embedding"), ","),
+        "rows/s, training": shown(speed.get("train_rows_per_second"), ",.0f"),
+        "rows/s, evaluation": shown(speed.get("evaluate_rows_per_second"), ",.0f"),
+        "FLOPs per row, forward": shown(result.get("flops_per_row"), ",.0f"),
         "wall time": None if wall_seconds is None else datetime.timedelta(seconds=round(wall_seconds)),
         "peak memory, host": _gibibytes(memory.get("host")),
         "peak memory, device": _gibibytes(memory.get("device")),
@@ -228,7 +164,7 @@ def _run_section(run: Run) -> dict:
     }
     return {
         "run": run,
-        "facts": {name: _shown(value) for name, value in facts.items()},
+        "facts": {name: shown(value) for name, value in facts.items()},
         "config": {name: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for name, v in config.items()},
         "scenarios": _scenario_table(result),
         "kept_flows": _mask_picture(result.get("kept_flows")),
@@ -239,42 +175,15 @@ def _run_section(run: Run) -> dict:
 
 def _scenario_table(result: dict) -> list[tuple[str, list[float | None]]]:
     """Lists the metrics of every label within every scenario, for validation and test; none without scenarios."""
-    values = [scenario for scenario in _scenarios(result) if "=" in scenario]
+    values = [scenario for scenario in scenarios_of(result) if "=" in scenario]
     targets = [f"{label}@{value}" for label in result["labels"] for value in values]
-    return [(t, [_metric(result, split, t, metric) for split in SPLITS for metric in METRICS]) for t in targets]
-
-
-def _targets(results: Iterable[dict]) -> list[str]:
-    """Returns what metrics are given for: every label, their mean where a run has several, and both over scenarios."""
-    results = list(results)
-    labels = _unique(label for result in results for label in result["labels"])
-    targets = labels + [MEAN] * any(len(result["labels"]) > 1 for result in results)
-    scenarios = _unique(suffix for result in results for suffix in _scenarios(result) if "=" not in suffix)
-    return targets + [f"{target}@{scenario}" for scenario in scenarios for target in targets]
-
-
-def _scenarios(result: dict) -> list[str]:
-    """Returns what follows the "@" of metrics: a scenario column (the mean over it) and ``<column>=<value>``."""
-    names = (name for split in SPLITS for name in result["metrics"].get(split) or {})
-    return _unique(name.partition("@")[2] for name in names if "@" in name)
+    return [(t, [metric_of(result, split, t, metric) for split in SPLITS for metric in METRICS]) for t in targets]
 
 
 def _has_scenario(result: dict, target: str) -> bool:
     """Says whether a run has metrics over the target's scenarios, if it is about scenarios at all."""
     _, at, scenario = target.partition("@")
-    return not at or scenario in _scenarios(result)
-
-
-def _metric_name(result: dict, target: str, metric: str) -> str | None:
-    """Names a metric as FuxiCTR does: ``<label>_AUC`` of several labels, plain ``AUC`` of one label and of the mean."""
-    label, at, scenario = target.partition("@")
-    if len(result["labels"]) > 1:
-        return f"{metric if label == MEAN else f'{label}_{metric}'}{at}{scenario}"
-    return f"{metric}{at}{scenario}" if label in result["labels"] else None
-
-
-def _metric(result: dict, split: str, target: str, metric: str) -> float | None:
-    return (result["metrics"].get(split) or {}).get(_metric_name(result, target, metric))
+    return not at or scenario in scenarios_of(result)
 
 
 def _best_marked(
@@ -286,14 +195,6 @@ def _best_marked(
     return [(value, value == best) for value in values]
 
 
-def _unique(values: Iterable) -> list:
-    return list(dict.fromkeys(values))
-
-
-def _shown(value, spec: str = "") -> str:
-    return DASH if value is None else format(value, spec) if spec else str(value)
-
-
 def _gibibytes(count: int | None) -> str | None:
     return None if count is None else f"{count / 2**30:.2f} GiB"
 
@@ -301,10 +202,10 @@ def _gibibytes(count: int | None) -> str | None:
 def _curves(runs: list[Run]) -> list[Markup]:
     """Draws one panel for the training loss and one per validation metric, the runs overlaid."""
     panels = [_curve_panel("training loss", [(run, _curve(run, "train", "loss")) for run in runs])]
-    targets = _targets(run.result for run in runs)
+    targets = targets_of(run.result for run in runs)
     for target in [target for target in targets if "@" not in target or target.startswith(MEAN)]:
         for metric in METRICS:
-            lines = [(run, _curve(run, "valid", _metric_name(run.result, target, metric))) for run in runs]
+            lines = [(run, _curve(run, "valid", metric_name(run.result, target, metric))) for run in runs]
             panels.append(_curve_panel(f"validation {metric}, {target}", lines))
     return [panel for panel in panels if panel is not None]
 
@@ -322,16 +223,17 @@ def _curve_panel(title: str, curves: list[tuple[Run, np.ndarray]]) -> Markup | N
     """Draws curves over each other; None where there is nothing to draw."""
     if not any(len(curve) for _, curve in curves):
         return None
-    figure = Figure(figsize=(3.5, 2.3), layout="constrained")
+    figure = Figure(figsize=(3.5, 2.3))
+    figure.subplots_adjust(left=0.21, right=0.97, bottom=0.19, top=0.96)  # a layout engine would draw it twice
     axes = figure.add_subplot(xlabel="step", ylabel=title)
     axes.grid(visible=True)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     for run, curve in curves:
         marker = "o" if len(curve) <= MAX_MARKERS else None  # without one, a curve of a single point is invisible
-        axes.plot(*curve.T, color=RUN_INKS[run.color], linestyle=(0, run.dashes), marker=marker, markersize=3)
+        axes.plot(*curve.T, color=COLOR_INKS[run.color], linestyle=(0, run.dashes), marker=marker, markersize=3)
     axes.set_xlim(left=0)
-    return _svg(figure, f"{title} against step")
+    return svg(figure, f"{title} against step")
 
 
 def _heatmaps(run: Run) -> list[tuple[str, Markup]]:
@@ -375,7 +277,7 @@ def _mask_picture(kept: dict | None) -> Markup | None:
             ink = "#ffffff" if not share > 0.6 else "#000000"  # readable on both ends of viridis
             axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color=ink)
     figure.colorbar(image, ax=list(panels), label="kept", pad=0.02, aspect=15).outline.set_visible(False)
-    return _svg(figure, "share of rows that keep each flow, by scenario and label")
+    return svg(figure, "share of rows that keep each flow, by scenario and label")
 
 
 def _heatmap(name: str, weights: np.ndarray, row_names: list[str], column_names: list[str]) -> Markup:
@@ -390,7 +292,7 @@ def _heatmap(name: str, weights: np.ndarray, row_names: list[str], column_names:
     axes.set_yticks(*_ticks(row_names))
     colorbar = figure.colorbar(image, label="attention weight", pad=0.02, aspect=15)
     colorbar.outline.set_visible(False)
-    return _svg(figure, f"heatmap of {name}: {rows} queries by {columns} keys")
+    return svg(figure, f"heatmap of {name}: {rows} queries by {columns} keys")
 
 
 def _ticks(names: list[str]) -> tuple[list[int], list[str]]:
@@ -401,14 +303,3 @@ def _ticks(names: list[str]) -> tuple[list[int], list[str]]:
 
 def _shortened(name: str) -> str:
     return name if len(name) <= MAX_TICK_LETTERS else name[: MAX_TICK_LETTERS - 1] + "…"
-
-
-def _svg(figure: Figure, description: str) -> Markup:
-    """Renders a figure as inline SVG in the page's colours."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg ") :].replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
-    for stand_in, css in CSS_COLORS.items():
-        svg = svg.replace(f": {stand_in}", f": {css}")
-    return Markup(re.sub(r' id="[^"]+_\d+"', "", svg))  # nothing refers to these, and they repeat in every figure

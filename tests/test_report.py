@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flowctr.report import Run, _curve, metrics_table, write_report
+from flowctr.report import Run, _curve, metrics_table
+from flowctr.report import write_report as write_report_of
+from flowctr.results import read_result
 from rich.console import Console
 
 DASH = "–"
@@ -92,6 +94,7 @@ def write_run(
         },
         "parameters": {"total": 1234567, "non_embedding": 89012},
         "speed": {"train_rows_per_second": 23456.4, "evaluate_rows_per_second": 98765.4},
+        "flops_per_row": 56789.2,
         "wall_seconds": 3725.2,
         "peak_memory_bytes": {"host": 3 * 2**29, "device": None},
         "device": "cpu",
@@ -111,6 +114,10 @@ def write_attention(folder: Path, name: str, size: int = 3, names: list[str] | N
     weights = np.random.default_rng(size).dirichlet(np.ones(len(names)), size=len(names)).astype(np.float32)
     np.savez(folder / name, **{"layer_0.mha": weights, "layer_0.mha__rows": names, "layer_0.mha__cols": names})
     return name
+
+
+def write_report(files: list[Path], folder: Path) -> Path:
+    return write_report_of([(path, read_result(path)) for path in files], folder / "index.html")
 
 
 def expected_cells(path: Path, prefixes: list[str]) -> list[str]:
@@ -186,6 +193,7 @@ def test_provenance_and_configuration_are_listed(tmp_path):
         "parameters, non-embedding": "89,012",
         "rows/s, training": "23,456",
         "rows/s, evaluation": "98,765",
+        "FLOPs per row, forward": "56,789",
         "wall time": "1:02:05",
         "peak memory, host": "1.50 GiB",
         "peak memory, device": DASH,
@@ -263,8 +271,8 @@ def test_foreign_file_is_one_clear_error_and_the_old_page_stays(tmp_path, conten
     assert (tmp_path / "index.html").read_bytes() == before
 
 
-def test_no_result_files(tmp_path):
-    with pytest.raises(ValueError, match="no result files"):
+def test_no_results(tmp_path):
+    with pytest.raises(ValueError, match="no results"):
         write_report([], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

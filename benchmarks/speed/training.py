@@ -1,17 +1,23 @@
-"""Training rows per second of each acceleration, alone and together, beside FuxiCTR's own fit in the same run.
+"""A model's epoch, evaluation and memory under FuxiCTR's trainer and under each acceleration, side by side in one run.
 
-    python benchmarks/speed/training.py --gpu 0                       # AmazonElectronics_x1's shape
-    python benchmarks/speed/training.py                               # a small size on the CPU, under a minute
-    python benchmarks/speed/training.py --gpu 0 --models DIN --only plain all
+    python benchmarks/speed/training.py --gpu 0                            # AmazonElectronics_x1's shape
+    python benchmarks/speed/training.py                                    # a small size on two CPU cores: minutes
+    python benchmarks/speed/training.py --gpu 0 --zoo FuxiCTR/model_zoo    # and FuxiCTR's own models, unchanged
+    python benchmarks/speed/training.py --gpu 0 --models DIN --zoo FuxiCTR/model_zoo --only plain all
 
-FuxiCTR trains on batches that lie in memory, the engine on what its loader delivers. Everything starts from the same
-weights and sees the same batches; "loss difference" is the largest relative difference of the training curve from that
-of FuxiCTR. Writes results/training.json.
+"FuxiCTR" trains on its npz loader, "FuxiCTR, in memory" on batches that lie in memory; the engine always on its h5
+loader. All start from the same weights. "Loss difference" is the largest relative difference of the training curve from
+that of FuxiCTR on the same batches. "Limit" is the share of the rate that the machine's measured matrix products and
+copies would allow (see `limit`); "idle" is what an epoch loses against steps on batches that lie on the device. Writes
+results/training_<device>.json and .png.
 """
 
 import argparse
 import gc
+import importlib.util
 import json
+import math
+import os
 import platform
 import statistics
 import sys
@@ -20,28 +26,41 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import flowctr  # noqa: F401  before fuxictr
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from flowctr import zoo
 from flowctr._fuxictr import fuxictr_origin
 from flowctr.data import H5DataLoader
 from flowctr.data.format import H5Writer
 from flowctr.training import CURVE_POINTS_PER_EVALUATION, accelerate
 from fuxictr.features import FeatureMap
-from fuxictr.pytorch.layers import DIN_Attention, FeatureEmbeddingDict, MLP_Block
 from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import seed_everything
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import CATEGORIES, ITEMS, make_columns
 
 SIZES = {  # by whether there is a GPU
-    True: {"batch_size": 2048, "warm_up": 20, "steps": 60, "dim": 64, "length": 100, "layers": 3},
-    False: {"batch_size": 256, "warm_up": 2, "steps": 9, "dim": 16, "length": 20, "layers": 1},
+    True: {
+        "batch_size": 2048,
+        "warm_up": 128,
+        "steps": 192,
+        "dim": 64,
+        "length": 100,
+        "layers": 3,
+        "eval_rows": 100_000,
+    },
+    False: {"batch_size": 512, "warm_up": 6, "steps": 24, "dim": 16, "length": 100, "layers": 1, "eval_rows": 5_000},
 }
 FUSED = {"fused_optimizer": True, "fused_regularizer": True}
+FP32 = {"cuda_graphs": True, "data_on_device": True, **FUSED}
 ACCELERATIONS = {
     "plain": {},
     "tf32": {"precision": "tf32"},
@@ -50,36 +69,32 @@ ACCELERATIONS = {
     "cuda_graphs": {"cuda_graphs": True},
     "fused": FUSED,
     "data_on_device": {"data_on_device": True},
+    "bucket_by_length": {"bucket_by_length": True},
     "checkpointing": {"activation_checkpointing": True},
-    "fp32 together": {"cuda_graphs": True, "data_on_device": True},
-    "all": {"precision": "bf16", "compile": True, "cuda_graphs": True, "data_on_device": True, **FUSED},
+    "fp32 together": FP32,
+    "bf16 together": {"precision": "bf16", "compile": True, **FP32},
+    "all": {"precision": "bf16", "compile": True, "bucket_by_length": True, **FP32},
 }
-QUICK = [name for name, options in ACCELERATIONS.items() if not {"compile", "cuda_graphs"} & set(options)]
+CPU = ("plain", "fused", "bucket_by_length")
 PARTS = 3  # of the timed steps; the median counts
-
-
-class DIN(BaseModel):
-    """Deep interest network, built of FuxiCTR's layers: attention of the item over its history, then an MLP."""
-
-    def __init__(self, feature_map, embedding_dim, learning_rate=5e-4, **kwargs):
-        super().__init__(feature_map, **kwargs)
-        self.embedding_layer = FeatureEmbeddingDict(feature_map, embedding_dim)
-        self.attentions = torch.nn.ModuleDict(
-            {name: DIN_Attention(embedding_dim, [512, 256]) for name in ("item", "cate")}
-        )
-        units = [1024, 512, 256]
-        self.mlp = MLP_Block(4 * embedding_dim, units, "ReLU", 1, batch_norm=True)
-        self.compile("adam", "binary_crossentropy", learning_rate)
-        self.reset_parameters()
-        self.model_to_device()
-
-    def forward(self, inputs):
-        x = self.get_inputs(inputs)
-        embedded, features = self.embedding_layer(x), []
-        for name, attention in self.attentions.items():
-            target, history = embedded[f"{name}_id"], embedded[f"{name}_history"]
-            features += [target, attention(target, history, x[f"{name}_history"] > 0)]
-        return {"y_pred": self.output_activation(self.mlp(torch.cat(features, dim=-1)))}
+RESIDENT = 64  # batches that lie on the device
+STOCK = "FuxiCTR"
+STOCK_IN_MEMORY = "FuxiCTR, in memory"
+BEHAVIORS = {"clicks": ["item_history", "cate_history"]}
+OURS = {
+    "InterFormer": lambda args: ("InterFormer", {"num_layers": args.layers}),
+    "INFNet v2": lambda args: ("INFNet", {"num_blocks": args.layers, "num_field_hubs": 2}),
+    "DHEN": lambda args: ("DHEN", {"num_layers": args.layers}),
+}
+# BARS' settings for AmazonElectronics_x1, the same for all.
+ZOO = {"batch_norm": True, "net_dropout": 0.1}
+ZOO_UNITS = {
+    "DIN": {"dnn_hidden_units": [1024, 512, 256], "attention_hidden_units": [512, 256]},
+    "BST": {"dnn_hidden_units": [1024, 512, 256]},
+    "TransAct": {"dcn_hidden_units": [1024, 512, 256]},
+    "DMIN": {"dnn_hidden_units": [1024, 512, 256]},
+    "DCNv2": {"parallel_dnn_hidden_units": [1024, 512, 256]},
+}
 
 
 class Stopwatch:
@@ -113,79 +128,119 @@ class Stopwatch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", type=int, default=-1)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--zoo", type=Path, help="the model_zoo of a FuxiCTR checkout")
     parser.add_argument(
-        "--only", nargs="+", choices=list(ACCELERATIONS), help="all on a GPU, the quick ones on the CPU"
+        "--models", nargs="+", choices=[*OURS, *ZOO_UNITS], help="ours, and those of the zoo if it is given"
     )
+    parser.add_argument("--only", nargs="+", choices=list(ACCELERATIONS), help="all on a GPU, a few on the CPU")
     for name in SIZES[True]:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, help=f"{SIZES[True][name]}, {SIZES[False][name]} on the CPU"
         )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
+    parser.add_argument("--out", type=Path, help="training_cuda.json or training_cpu.json in results/")
     args = parser.parse_args()
     sizes = {name: getattr(args, name) or size for name, size in SIZES[args.gpu >= 0].items()}
     vars(args).update(sizes)
-    names = args.only or (list(ACCELERATIONS) if args.gpu >= 0 else QUICK)
-    results = {"environment": environment(args, sizes), "models": {}}
+    device = "cuda" if args.gpu >= 0 else "cpu"
+    args.out = args.out or Path(__file__).parent / "results" / f"training_{device}.json"
+    models = args.models or [*OURS, *(ZOO_UNITS if args.zoo else ())]
+    if not args.zoo and (lacking := [name for name in models if name in ZOO_UNITS]):
+        parser.error(f"{', '.join(lacking)}: name the FuxiCTR checkout that has them, --zoo FuxiCTR/model_zoo")
+    names = args.only or (list(ACCELERATIONS) if args.gpu >= 0 else CPU)
+    results = {"environment": environment(args, sizes), "rates": measured_rates(args), "models": {}}
     with tempfile.TemporaryDirectory() as folder:
         feature_map = write_data(Path(folder), args)
-        for model in args.models:
-            runs = {"FuxiCTR": measure(model, feature_map, args, None)}
-            for name in names:
+        results["loaders"] = {
+            STOCK: loader_rate(npz_loader(feature_map, args)),
+            "flowctr": loader_rate(h5_loader(feature_map, args, {})),
+        }
+        for model in models:
+            runs = {}
+            for name, options in {STOCK: None, STOCK_IN_MEMORY: None, **{n: ACCELERATIONS[n] for n in names}}.items():
                 print(f"{model}: {name} ...", flush=True)
                 try:
-                    runs[name] = measure(model, feature_map, args, ACCELERATIONS[name])
+                    runs[name] = measure(model, feature_map, args, name, options)
                 except (ValueError, RuntimeError) as error:
                     runs[name] = {"error": str(error)}
-            results["models"][model] = compared(runs)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(results, indent=1) + "\n")  # after each model, in case the run is cut off
+            results["models"][model] = compared(runs, results["rates"])
+            write(args.out, results)  # after each model, in case the run is cut off
             print_table(model, runs)
     print(f"written: {args.out}")
 
 
+# The data
+
+
 def write_data(folder: Path, args) -> FeatureMap:
-    """Writes rows of AmazonElectronics_x1's shape and describes them."""
+    """Writes rows of AmazonElectronics_x1's shape, for both loaders, and describes them."""
     feature_map = FeatureMap("random", str(folder))
     feature_map.features["user_id"] = {"type": "meta"}
     for name, size in (("item", ITEMS), ("cate", CATEGORIES)):
         spec = {"source": "", "vocab_size": size, "padding_idx": 0}
         feature_map.features[f"{name}_id"] = {"type": "categorical", **spec}
-        history = {"type": "sequence", "max_len": args.length, "share_embedding": f"{name}_id"}
+        history = {"type": "sequence", "max_len": args.length, "share_embedding": f"{name}_id", "feature_encoder": None}
         feature_map.features[f"{name}_history"] = {**spec, **history}
-    feature_map.labels = ["label"]
+    feature_map.labels, feature_map.group_id = ["label"], "user_id"
     feature_map.num_fields = feature_map.get_num_fields()
-    columns = make_columns((args.warm_up + args.steps) * args.batch_size)
-    for name in ("item_history", "cate_history"):
-        columns[name] = columns[name][:, : args.length]
-    with H5Writer(folder, "train", feature_map.features, {}, ["label"], digest="") as writer:
-        writer.append(columns)
+    feature_map.set_column_index()
+    for split, rows in (("train", (args.warm_up + args.steps) * args.batch_size), ("valid", args.eval_rows)):
+        columns = make_columns(rows)
+        columns["user_id"] = np.random.default_rng(0).integers(0, rows * 4 // 5, rows).astype(np.int32)
+        for name in ("item_history", "cate_history"):
+            columns[name] = np.ascontiguousarray(columns[name][:, : args.length])
+        paddings = {"item_history": "post", "cate_history": "post"}
+        with H5Writer(folder, split, feature_map.features, paddings, ["label"], digest="") as writer:
+            writer.append(columns)
+        np.savez(folder / f"{split}.npz", **{name: array.astype(np.float64) for name, array in columns.items()})
     return feature_map
 
 
-def zoo_model(name: str, **arguments):
-    """Returns the class of our model and its arguments."""
-    return getattr(import_module(f"flowctr.models.{name}"), name), arguments
+def npz_loader(feature_map: FeatureMap, args, split: str = "train") -> Iterable:
+    """Opens the rows with FuxiCTR's npz loader; its file alone is imported, as its package wants ray."""
+    spec = importlib.util.find_spec("fuxictr")
+    file = Path(spec.origin).parent / "pytorch" / "dataloaders" / "npz_dataloader.py"
+    module_spec = importlib.util.spec_from_file_location("npz_dataloader", file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    path = str(Path(feature_map.data_dir) / f"{split}.npz")
+    workers = min(8, (os.cpu_count() or 2) // 2)
+    return module.NpzDataLoader(feature_map, path, args.batch_size, shuffle=split == "train", num_workers=workers)
 
 
-MODELS = {
-    "InterFormer": lambda args: zoo_model(
-        "InterFormer", num_layers=args.layers, behaviors={"clicks": ["item_history", "cate_history"]}
-    ),
-    "INFNet v2": lambda args: zoo_model(
-        "INFNet", num_blocks=args.layers, num_field_hubs=2, behaviors={"clicks": ["item_history", "cate_history"]}
-    ),
-    "DIN": lambda args: (DIN, {}),
-}
+def h5_loader(feature_map: FeatureMap, args, options: dict, split: str = "train", gpu: int = -1) -> H5DataLoader:
+    path = Path(feature_map.data_dir) / split
+    return H5DataLoader(feature_map, path, split, args.batch_size, shuffle=True, gpu=gpu, **options)
 
 
-def measure(model: str, feature_map: FeatureMap, args, acceleration: dict | None) -> dict:
-    """Trains one epoch, with FuxiCTR's fit if there is no acceleration given, not even an empty one."""
-    stock = acceleration is None
-    options = dict(acceleration or {})
-    loading = {"batch_size": args.batch_size, "shuffle": True, "data_on_device": options.pop("data_on_device", False)}
-    data = H5DataLoader(feature_map, Path(feature_map.data_dir) / "train", gpu=-1 if stock else args.gpu, **loading)
-    model_class, arguments = MODELS[model](args)
+def loader_rate(batches: Iterable) -> float:
+    """Measures the rows per second of an epoch without a model, on the host."""
+    start = time.perf_counter()
+    rows = sum(len(batch["label"]) for batch in batches)
+    return rows / (time.perf_counter() - start)
+
+
+# The measurement
+
+
+def model_and_arguments(model: str, feature_map: FeatureMap, args) -> tuple[type[BaseModel], dict]:
+    if model in OURS:
+        name, arguments = OURS[model](args)
+        return getattr(import_module(f"flowctr.models.{name}"), name), {**arguments, "behaviors": BEHAVIORS}
+    (model_class,) = zoo.models(args.zoo / model).values()
+    arguments = {**ZOO, **ZOO_UNITS[model], "behaviors": BEHAVIORS}
+    return zoo.adapt(model_class, feature_map, arguments, feature_map.data_dir), arguments
+
+
+def measure(model: str, feature_map: FeatureMap, args, name: str, options: dict | None) -> dict:
+    """Trains one epoch and evaluates, with FuxiCTR's own methods if there are no options, not even empty ones."""
+    stock, options = options is None, dict(options or {})
+    loading = {key: options.pop(key) for key in ("data_on_device", "bucket_by_length") if key in options}
+    if name == STOCK:
+        data, valid_data = npz_loader(feature_map, args), npz_loader(feature_map, args, "valid")
+    else:
+        gpu = -1 if stock else args.gpu
+        data, valid_data = (h5_loader(feature_map, args, loading, split, gpu) for split in ("train", "valid"))
+    model_class, arguments = model_and_arguments(model, feature_map, args)
     if not stock:
         model_class = accelerate(model_class)
     if args.gpu >= 0:
@@ -200,8 +255,8 @@ def measure(model: str, feature_map: FeatureMap, args, acceleration: dict | None
         eval_steps=sys.maxsize,
         verbose=0,
         model_root=feature_map.data_dir,
-        metrics=["AUC"],
-        **arguments,
+        metrics=["AUC", "gAUC"],
+        **{"task": "binary_classification", **arguments},
         **options,
     )
     losses = []
@@ -210,7 +265,7 @@ def measure(model: str, feature_map: FeatureMap, args, acceleration: dict | None
         built.train_step = lambda batch: losses.append(step(batch)) or losses[-1]
         Path(built.model_dir).mkdir(exist_ok=True)
         built.save_weights(built.checkpoint)  # which its fit reads at the end
-    watch = Stopwatch(list(data) if stock else data, args.warm_up, args.steps, args.gpu)
+    watch = Stopwatch(list(data) if name == STOCK_IN_MEMORY else data, args.warm_up, args.steps, args.gpu)
     built.fit(watch, epochs=1)
     if stock:
         every = max(1, len(watch) // CURVE_POINTS_PER_EVALUATION)
@@ -219,21 +274,96 @@ def measure(model: str, feature_map: FeatureMap, args, acceleration: dict | None
     else:
         curve = [point["loss"] for point in built.history["train"]]
     peak = torch.cuda.max_memory_allocated(args.gpu) if args.gpu >= 0 else None
+    run = {"rows_per_second": watch.steps_per_second() * args.batch_size, "peak_bytes": peak, "curve": curve}
+    if name == STOCK or not stock:
+        run["evaluate_seconds"] = min(evaluation_seconds(built, valid_data) for _ in range(2))
+    if not stock and args.gpu >= 0:
+        resident = Stopwatch(list(islice(data, RESIDENT)) * PARTS, 0, RESIDENT * PARTS, args.gpu)
+        built.fit(resident, epochs=1)
+        run["resident_rows_per_second"] = resident.steps_per_second() * args.batch_size
+        run["work"] = work_per_row(built, next(iter(h5_loader(feature_map, args, {}))))
     del built
     torch.compiler.reset()
     gc.collect()
-    return {"rows_per_second": watch.steps_per_second() * args.batch_size, "peak_bytes": peak, "curve": curve}
+    return run
 
 
-def compared(runs: dict[str, dict]) -> dict[str, dict]:
-    """Adds the ratios to FuxiCTR and to the plain engine, and the difference of the training curves."""
-    for run in runs.values():
-        if "error" in run:
+def evaluation_seconds(model: BaseModel, data: Iterable) -> float:
+    start = time.perf_counter()
+    model.evaluate(data)
+    return time.perf_counter() - start
+
+
+def work_per_row(model: BaseModel, batch: dict) -> dict[str, float]:
+    """Counts what a training step has to do for a row at least, on whole sequences: operations, and bytes to move.
+
+    Bytes are those of the activations that the backward pass reads, once written and once read, and of weights,
+    gradients and Adam's two moments, of which seven are read or written by an update.
+    """
+    saved: dict[tuple, int] = {}
+
+    def save(tensor):
+        saved[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    batch = {name: values.to(model.device) for name, values in batch.items()}
+    model.train()
+    model.optimizer.zero_grad()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+        FlopCounterMode(display=False) as counter,
+    ):
+        outputs = {key: value for key, value in model._accelerated_forward(batch).items() if key.endswith("_pred")}
+        sum(output.sum() for output in outputs.values()).backward()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = len(batch["label"])
+    return {"flops": counter.get_total_flops() / rows, "bytes": (2 * sum(saved.values()) + 7 * 4 * parameters) / rows}
+
+
+def measured_rates(args) -> dict[str, float]:
+    """Measures what the device does at best: operations per second of matrix products, bytes per second of copies."""
+    device = torch.device("cuda", args.gpu) if args.gpu >= 0 else torch.device("cpu")
+    size, dtype = (8192, torch.bfloat16) if args.gpu >= 0 else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    source = torch.empty(2**30 if args.gpu >= 0 else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return {
+        "flops": 2 * size**3 / best_time(lambda: a @ a, device),
+        "bytes": 2 * source.numel() / best_time(lambda: target.copy_(source), device),
+    }
+
+
+def best_time(call, device: torch.device) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(10):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - start) / 10)
+    return min(times)
+
+
+def limit(work: dict[str, float], rates: dict[str, float]) -> float:
+    """The rows per second at which either the matrix products or the copies alone would take all the time."""
+    return min(rates[kind] / work[kind] for kind in ("flops", "bytes"))
+
+
+def compared(runs: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
+    """Adds ratios to FuxiCTR and to the plain engine, the difference of the training curves, idle time and limit."""
+    stock = runs[STOCK]
+    for name, run in runs.items():
+        if "error" in run or "error" in stock:
             continue
-        for key, base in (("over_fuxictr", runs["FuxiCTR"]), ("over_plain", runs.get("plain"))):
+        for key, base in (("over_fuxictr", stock), ("over_plain", runs.get("plain"))):
             run[key] = run["rows_per_second"] / base["rows_per_second"] if base else None
-        pairs = zip(run["curve"], runs["FuxiCTR"]["curve"], strict=True)
-        run["loss_difference"] = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+        if name != STOCK:
+            pairs = zip(run["curve"], runs[STOCK_IN_MEMORY]["curve"], strict=True)
+            run["loss_difference"] = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+        if "work" in run:
+            run["idle"] = max(0.0, 1 - run["rows_per_second"] / run["resident_rows_per_second"])
+            run["limit"] = run["rows_per_second"] / limit(run["work"], rates)
     return runs
 
 
@@ -242,24 +372,76 @@ def environment(args, sizes: dict) -> dict:
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name(args.gpu) if args.gpu >= 0 else f"cpu, {torch.get_num_threads()} threads",
+        "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
         "fuxictr": fuxictr_origin(),
         "sizes": sizes,
     }
 
 
+# The result
+
+COLUMNS = {  # heading -> key and how it is shown
+    "epoch rows/s": ("rows_per_second", "{:,.0f}"),
+    "over FuxiCTR": ("over_fuxictr", "{:.2f}"),
+    "resident rows/s": ("resident_rows_per_second", "{:,.0f}"),
+    "idle": ("idle", "{:.0%}"),
+    "limit": ("limit", "{:.0%}"),
+    "evaluation, s": ("evaluate_seconds", "{:.2f}"),
+    "peak GB": ("peak_bytes", None),
+    "loss difference": ("loss_difference", "{:.0e}"),
+}
+
+
+def cells(run: dict) -> list[str]:
+    """Shows a run in the columns of the tables."""
+    if "error" in run:
+        return [run["error"].splitlines()[0][:100], *["–"] * (len(COLUMNS) - 1)]
+    values = {key: run.get(key) for key, _ in COLUMNS.values()}
+    if values["peak_bytes"] is not None:
+        values["peak_bytes"] /= 1e9
+    return ["–" if values[key] is None else (form or "{:.2f}").format(values[key]) for key, form in COLUMNS.values()]
+
+
 def print_table(model: str, runs: dict[str, dict]) -> None:
-    columns = ("rows/s", "over FuxiCTR", "over plain", "peak GB", "loss difference")
-    table = Table(model, *columns, title_justify="left")
+    table = Table(model, *COLUMNS, title_justify="left")
     for name, run in runs.items():
-        if "error" in run:
-            table.add_row(name, run["error"][:100])
-            continue
-        cells = [f"{run['rows_per_second']:,.0f}"]
-        cells += [f"{run[key]:.2f}" if run[key] else "" for key in ("over_fuxictr", "over_plain")]
-        cells += [f"{run['peak_bytes'] / 1e9:.2f}" if run["peak_bytes"] else "", f"{run['loss_difference']:.1e}"]
-        table.add_row(name, *cells)
-    Console().print(table)
+        table.add_row(name, *cells(run))
+    Console(width=150).print(table)
+
+
+def write(path: Path, results: dict) -> None:
+    """Writes the result, and as a picture: throughput, and how near the machine's limit it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    models, rates = results["models"], results["rates"]
+    figure, (bars, roofline) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    names = [
+        name for name in next(iter(models.values())) if any("rows_per_second" in runs[name] for runs in models.values())
+    ]
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        heights = [runs[name].get("rows_per_second", math.nan) for runs in models.values()]
+        bars.bar(np.arange(len(models)) + (i - len(names) / 2) * width, heights, width, label=name)
+    bars.set_xticks(range(len(models)), list(models))
+    bars.set_yscale("log")
+    bars.set_ylabel("rows/s of an epoch")
+    bars.legend(fontsize=7, ncols=2)
+    intensity = np.logspace(0, 3, 50)
+    roofline.plot(intensity, np.minimum(rates["flops"], rates["bytes"] * intensity) / 1e12, color="black")
+    for model, runs in models.items():
+        points = [(n, run) for n, run in runs.items() if "work" in run and n in ("plain", "bf16 together", "all")]
+        x = [run["work"]["flops"] / run["work"]["bytes"] for _, run in points]
+        y = [run["work"]["flops"] * run["rows_per_second"] / 1e12 for _, run in points]
+        roofline.plot(x, y, "o-", label=model)
+        for (n, _), *place in zip(points, x, y):
+            roofline.annotate(n, place, fontsize=6)
+    roofline.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="TFLOP/s")
+    roofline.set_title("the machine's limit, and where the models are", fontsize=9)
+    if models and roofline.get_legend_handles_labels()[0]:
+        roofline.legend(fontsize=7)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
