@@ -40,13 +40,17 @@ def fuxictr_origin() -> dict[str, str]:
     what produced a result.
 
     Returns:
-        ``{"version": ..., "sha256": ...}``; the digest covers relative paths and contents in sorted order.
+        ``{"version": ..., "sha256": ...}``, see `python_digest`.
     """
     import fuxictr
 
-    root = Path(fuxictr.__file__).parent
+    return {"version": fuxictr.__version__, "sha256": python_digest(Path(fuxictr.__file__).parent)}
+
+
+def python_digest(root: Path) -> str:
+    """Digests the Python files below a folder: their relative paths and contents, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
-    return {"version": fuxictr.__version__, "sha256": digest.hexdigest()}
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from typing import Any
 
 import flowctr.models
 import yaml
-from flowctr import checks
+from flowctr import checks, zoo
 from flowctr.data import H5DataLoader
 from flowctr.metrics import evaluate_metrics
 from flowctr.names import nearest
@@ -33,8 +33,9 @@ DATASET_PATHS = ("data_root", "train_data", "valid_data", "test_data")
 DATASET_KEYS = {
     *DATASET_PATHS,
     *("dataset_id", "data_format", "sep", "feature_cols", "label_col", "min_categr_count", "data_block_size"),
-    *("h5_compression", "behaviors", "group_id", "scenario", "use_features", "feature_specs"),
+    *("h5_compression", "behaviors", "group_id", "scenario", "use_features", "feature_specs", "label"),
 }
+ZOO_KEYS = {"zoo", "padding"}  # see `flowctr.zoo`
 FEATURE_KEYS = {"name", "source", "fill_na", "share_embedding", *checks.COLUMN_CHECKS}
 LABEL_KEYS = {"name", "active", "dtype", "fill_na", "may_be_missing", "preprocess"}
 # Keys of FuxiCTR that have no effect here, accepted so that its YAML files run unchanged.
@@ -57,7 +58,7 @@ def load(
     The experiment updates ``Base``, the data set is added, then the overrides apply. The data set is looked up in
     ``dataset_config.yaml`` or ``dataset_config/*.yaml`` of the folder, else in ``data_configs/<dataset_id>.yaml`` of a
     folder above it or of the repository. Relative paths of a data set count from the folder that contains its config
-    folder, those of an override from the working directory.
+    folder, ``zoo`` from the config folder, those of an override from the working directory.
 
     Args:
         config_dir: Folder with ``model_config.yaml`` or ``model_config/*.yaml``.
@@ -73,11 +74,13 @@ def load(
     """
     config_dir = Path(config_dir).resolve()
     changes, mistakes = _parse_overrides(overrides)
-    params = {**DEFAULTS, **_experiment(config_dir, expid), "model_id": expid}
+    params = {**DEFAULTS, **read_experiment(config_dir, expid), "model_id": expid}
+    if isinstance(params.get("zoo"), str):
+        params["zoo"] = os.path.normpath(config_dir / params["zoo"])
     dataset, model = {}, None
     try:
         if dataset_id := changes.get("dataset_id", params.get("dataset_id")):
-            dataset = _dataset(dataset_id, config_dir)
+            dataset = read_dataset(dataset_id, config_dir)
     except ConfigError as error:
         mistakes.append(str(error))
     mistakes += [
@@ -89,8 +92,8 @@ def load(
     mistakes += _apply(changes, params)
     try:
         if params.get("model"):
-            model = model_class(params["model"], src)
-    except ConfigError as error:
+            model = find_model(params, src)
+    except ValueError as error:
         mistakes.append(str(error))
     mistakes += _check_experiment(params, model)
     mistakes += _check_metrics(params, has_groups=bool(params.get("group_id")) or not dataset)
@@ -116,7 +119,7 @@ def load_dataset(
     Raises:
         ConfigError: With all mistakes.
     """
-    params = _dataset(dataset_id, Path(config_dir or ".").resolve())
+    params = read_dataset(dataset_id, Path(config_dir or ".").resolve())
     changes, mistakes = _parse_overrides(overrides)
     mistakes += _apply(changes, params)
     mistakes += _unknown_keys(params, DATASET_KEYS)
@@ -124,6 +127,20 @@ def load_dataset(
     mistakes += _check_dataset(params)
     _raise_all(mistakes, f"data set {dataset_id!r}")
     return _as_meant(params)
+
+
+def find_model(params: Mapping[str, Any], src: ModuleType | None = None) -> type[BaseModel]:
+    """Finds the model class of an experiment: in the folder that its ``zoo`` names, else as `model_class` does.
+
+    Raises:
+        ValueError: If there is none, or the folder cannot be imported.
+    """
+    if not params.get("zoo"):
+        return model_class(params["model"], src)
+    models = zoo.models(params["zoo"])
+    if params["model"] not in models:
+        raise ConfigError(f"{_unknown('model', params['model'], models)} in {params['zoo']}")
+    return models[params["model"]]
 
 
 def model_class(name: str, src: ModuleType | None = None) -> type[BaseModel]:
@@ -171,7 +188,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML that maps ids to settings.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -185,7 +207,7 @@ def _read_all(config_dir: Path, stem: str) -> dict[Path, dict[str, Any]]:
     """Reads ``<stem>.yaml``, or all of ``<stem>/*.yaml`` where there is no such file."""
     single = config_dir / f"{stem}.yaml"
     paths = [single] if single.is_file() else sorted((config_dir / stem).glob("*.yaml"))
-    return {path: _read_yaml(path) for path in paths}
+    return {path: read_yaml(path) for path in paths}
 
 
 def _settings(name: str, value: Any) -> dict[str, Any]:
@@ -194,7 +216,12 @@ def _settings(name: str, value: Any) -> dict[str, Any]:
     return {str(key): setting for key, setting in (value or {}).items()}
 
 
-def _experiment(config_dir: Path, expid: str) -> dict[str, Any]:
+def read_experiment(config_dir: Path, expid: str) -> dict[str, Any]:
+    """Reads the settings of an experiment, which update those of ``Base``, unchecked.
+
+    Raises:
+        ConfigError: If there is no such experiment, or a file cannot be read.
+    """
     files = _read_all(config_dir, "model_config")
     if not files:
         raise ConfigError(f"there is no model_config.yaml and no model_config/*.yaml in {config_dir}")
@@ -209,14 +236,19 @@ def _experiment(config_dir: Path, expid: str) -> dict[str, Any]:
     return {**_settings("Base", base), **_settings(expid, own[expid])}
 
 
-def _dataset(dataset_id: str, config_dir: Path) -> dict[str, Any]:
+def read_dataset(dataset_id: str, config_dir: Path) -> dict[str, Any]:
+    """Reads the settings of a data set, searched as in `load` and with its paths made absolute, unchecked.
+
+    Raises:
+        ConfigError: If there is no such data set, or a file cannot be read.
+    """
     own = {key: path for path, content in _read_all(config_dir, "dataset_config").items() for key in content}
     roots = (REPOSITORY, *reversed(config_dir.parents), config_dir)
     shared = {path.stem: path for root in roots for path in root.glob("data_configs/*.yaml")}
     if str(dataset_id) not in {**own, **shared}:
         raise ConfigError(_unknown("data set", dataset_id, {**own, **shared}))
     path = own.get(dataset_id) or shared[dataset_id]
-    content = _read_yaml(path)
+    content = read_yaml(path)
     if dataset_id not in content:
         raise ConfigError(f"{path} has no entry {dataset_id!r}; it has {', '.join(map(str, content))}")
     dataset = {**_settings(dataset_id, content[dataset_id]), "dataset_id": dataset_id}
@@ -242,7 +274,7 @@ def _parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str
         except yaml.YAMLError as error:
             mistakes.append(f"--set {text}: the value is not valid YAML: {error}")
             continue
-        is_path = key in (*DATASET_PATHS, "model_root") and isinstance(value, str)
+        is_path = key in (*DATASET_PATHS, "model_root", "zoo") and isinstance(value, str)
         changes[key] = os.path.abspath(value) if is_path else value
     return changes, mistakes
 
@@ -279,7 +311,7 @@ def _check_experiment(params: Mapping[str, Any], model: type[BaseModel] | None) 
     missing = [key for key in dict.fromkeys([*REQUIRED_KEYS, *sorted(required)]) if params.get(key) is None]
     mistakes = [f"missing key {key!r}" for key in missing]
     if model:
-        known = {*arguments, *REQUIRED_KEYS, *DEFAULTS, *DATASET_KEYS, *IGNORED_KEYS}
+        known = {*arguments, *REQUIRED_KEYS, *DEFAULTS, *DATASET_KEYS, *ZOO_KEYS, *IGNORED_KEYS}
         mistakes += _unknown_keys([key for key in params if key != "model_id"], known)
     implied = {name: checks.like(argument.default) for name, argument in arguments.items() if name not in required}
     by_part = {key: check for key in params for part, check in checks.NAME_PART_CHECKS.items() if part in key}
@@ -287,7 +319,7 @@ def _check_experiment(params: Mapping[str, Any], model: type[BaseModel] | None) 
     mistakes += checks.complaints(present, {**implied, **by_part, **checks.KEY_CHECKS})
     if model and "loss_weight" in params and not issubclass(model, MultiTaskModel):
         mistakes.append(f"'loss_weight' weighs the losses of several labels; {params['model']} predicts one: remove it")
-    return mistakes + _check_label_counts(params)
+    return mistakes + _check_labels(params, model)
 
 
 def _arguments(model: type[BaseModel]) -> dict[str, inspect.Parameter]:
@@ -309,12 +341,25 @@ def _arguments(model: type[BaseModel]) -> dict[str, inspect.Parameter]:
     return arguments
 
 
-def _labels(params: Mapping[str, Any]) -> list[str]:
+def _all_labels(params: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in _columns(params, "label_col", LABEL_KEYS, {}, ())[0]]
 
 
-def _check_label_counts(params: Mapping[str, Any]) -> list[str]:
-    labels = _labels(params)
+def _labels(params: Mapping[str, Any]) -> list[str]:
+    """Lists the labels that are trained on, none if only the data set knows them."""
+    labels, chosen = _all_labels(params), params.get("label")
+    return [chosen] if chosen in labels else labels
+
+
+def _check_labels(params: Mapping[str, Any], model: type[BaseModel] | None) -> list[str]:
+    labels, known, chosen = _labels(params), _all_labels(params), params.get("label")
+    if known and chosen is not None and chosen not in known:
+        return [_unknown("label", chosen, known)]
+    complaint = model and zoo.label_complaint(model, labels)
+    return ([complaint] if complaint else []) + _check_label_counts(params, labels)
+
+
+def _check_label_counts(params: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
     counts = {key: len(params[key]) for key in ("task", "loss", "loss_weight") if isinstance(params.get(key), list)}
     counts |= {"num_tasks": params["num_tasks"]} if "num_tasks" in params else {}
     return [

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from flowctr import config
+from flowctr import config, zoo
 from flowctr.data import H5DataLoader, build_h5, load_feature_map
 from flowctr.data.files import read_json
 from flowctr.experiment import load_params
@@ -114,7 +114,8 @@ def load_trained(
         )
     weights = Path(params["model_root"]) / params["dataset_id"] / f"{params['model_id']}.model"
     if not weights.is_file():
-        command = ["flowctr", "run", params["model"], "--expid", expid, "--config", str(config_dir)]
+        model = [] if params.get("zoo") else [params["model"]]
+        command = ["flowctr", "run", *model, "--expid", expid, "--config", str(config_dir)]
         command += [word for override in overrides for word in ("--set", override)]
         raise FileNotFoundError(f"{expid} is not trained: there is no {weights}; train it with: {shlex.join(command)}")
 
@@ -123,7 +124,9 @@ def load_trained(
     params.setdefault("num_tasks", len(feature_map.labels))
     manifest = Path(feature_map.data_dir) / "manifest.json"
     digest = read_json(manifest, ["digest"], "build the data set again")["digest"] if manifest.is_file() else None
-    model_class = config.model_class(params["model"], src)
+    model_class = config.find_model(params, src)
+    if params.get("zoo"):
+        model_class = zoo.adapt(model_class, feature_map, params, files["train"])
     if hasattr(model_class, "stages"):
         params["stage"] = list(model_class.stages(params))[-1]
     _compare_with_run(params, expid, model_dir, digest, inspect.signature(model_class.__init__).parameters)

@@ -70,12 +70,12 @@ def load_feature_map(params: dict) -> FeatureMap:
 
     Args:
         params: Data set parameters and the model parameters that FuxiCTR reads here (``embedding_dim``,
-            ``use_features``, ``feature_specs``).
+            ``use_features``, ``feature_specs``). With a ``label``, the others are left out.
 
     Raises:
         FileNotFoundError: If the data set is not built.
-        ValueError: If its feature map is damaged, is that of another data set, or lacks a column that the parameters
-            name.
+        ValueError: If its feature map is damaged, is that of another data set, or lacks a column or the label that the
+            parameters name.
     """
     data_dir = Path(params["data_root"]) / params["dataset_id"]
     path = data_dir / "feature_map.json"
@@ -101,6 +101,10 @@ def load_feature_map(params: dict) -> FeatureMap:
                 raise ValueError(f"{key} names {name!r}, which {why}")
     feature_map = FeatureMap(params["dataset_id"], str(data_dir))
     feature_map.load(str(path), params)
+    if label := params.get("label"):
+        if label not in feature_map.labels:
+            raise ValueError(f"label names {label!r}, which {path} lacks; it has {', '.join(feature_map.labels)}")
+        feature_map.labels = [label]
     return feature_map
 
 
