@@ -1,4 +1,4 @@
-# make demo · make test · make lint. Each is complete on a fresh machine with Python 3.10 to 3.12: it creates .venv when no
+# make demo · make test · make bench · make lint. Each is complete on a fresh machine with Python 3.10 to 3.12: it creates .venv when no
 # virtual environment is active and installs what it needs.
 PYTHON ?= python3
 VENV := $(or $(VIRTUAL_ENV),.venv)
@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.flowctr-installed
 WINDOW := kuairand_pure_window
 DEMO := InterFormer INFNet AutoIFS
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 
 demo: $(INSTALLED) ## Train three models on the embedded data, print their metrics and compare them in a report
 	$(BIN)/flowctr prepare $(WINDOW) --raw data/$(WINDOW) --out data/prepared/$(WINDOW)
@@ -20,6 +20,9 @@ demo: $(INSTALLED) ## Train three models on the embedded data, print their metri
 
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest
+
+bench: $(INSTALLED) ## Measure training on the CPU beside FuxiCTR's trainer; with ZOO=FuxiCTR/model_zoo its models too
+	$(BIN)/python benchmarks/speed/training.py $(if $(ZOO),--zoo $(ZOO))
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
