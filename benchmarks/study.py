@@ -41,7 +41,7 @@ METRICS = ("AUC", "gAUC", "logloss", "NE")
 # What runs.jsonl keeps of a result: enough to write everything again.
 KEPT = (
     *("expid", "model", "dataset_id", "seed", "started", "command", "config"),
-    *("labels", "metrics", "parameters", "commit", "data"),
+    *("labels", "metrics", "parameters", "speed", "peak_memory_bytes", "flops_per_row", "commit", "data"),
 )
 # Of a configuration: where it ran, and the columns of the data set, which its id names.
 NOT_KEPT = ("model_id", "model_root", "verbose", "gpu", "feature_cols")
@@ -198,7 +198,7 @@ def write(folder: Path) -> None:
     for phase, name in (("tune", "tuner_config.csv"), ("final", "results.csv"), ("variants", "variants.csv")):
         if done[phase]:
             (folder / name).write_text("".join(f"{experiment.result_line(result)}\n" for _, result in done[phase]))
-    kept = [{key: result[key] for key in KEPT} for phase in done.values() for _, result in phase]
+    kept = [{key: result[key] for key in KEPT if key in result} for phase in done.values() for _, result in phase]
     for run in kept:
         run["config"] = {key: value for key, value in run["config"].items() if key not in NOT_KEPT}
     (folder / "runs.jsonl").write_text("".join(dict.fromkeys(f"{json.dumps(run)}\n" for run in kept)))

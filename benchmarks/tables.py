@@ -40,33 +40,55 @@ def table(name: str) -> str:
     if name in speed:
         return speed[name]()
     kind, _, dataset_id = name.rpartition(" ")
-    return {"studies": studies, "published": published, "training": training, "": runs}[kind](dataset_id)
+    kinds = {"studies": studies, "experiments": experiments, "published": published, "training": training, "": runs}
+    return kinds[kind](dataset_id)
 
 
 def studies(dataset_id: str) -> str:
-    """Lists the studies on a data set, the best on the test data first: mean and deviation over the seeds.
+    """Lists the studies on a data set."""
+    folders = [path.parent for path in HERE.glob("*/*/tuner_config.yaml")]
+    folders = [folder for folder in folders if read(folder)["dataset_id"] == dataset_id]
+    return _leaders(
+        {
+            f"[{folder.name}]({folder.relative_to(HERE)}/README.md)": [
+                json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))
+            ]
+            for folder in folders
+        }
+    )
+
+
+def experiments(dataset_id: str) -> str:
+    """Lists the experiments whose runs on a data set lie in the models' folders, outside of studies."""
+    by_expid: dict[str, list[dict]] = {}
+    for path in sorted(HERE.glob("*/*.json")):
+        result = json.loads(path.read_text())
+        if result["dataset_id"] == dataset_id:
+            by_expid.setdefault(result["expid"], []).append(result)
+    return _leaders(by_expid)
+
+
+def _leaders(finals: dict[str, list[dict]]) -> str:
+    """Lists experiments, the best on the test data first: mean and deviation over the seeds.
 
     What is significantly better than all others is bold.
     """
-    folders = [path.parent for path in HERE.glob("*/*/tuner_config.yaml")]
-    folders = [folder for folder in folders if read(folder)["dataset_id"] == dataset_id]
-    finals = {f: [json.loads(path.read_text()) for path in sorted((f / "results").glob("*.json"))] for f in folders}
-    *_, summary = targets = targets_of(finals[folders[0]][0])
+    *_, summary = targets = targets_of(next(iter(finals.values()))[0])
     columns = [(target, "AUC") for target in targets if "@" not in target or target == summary]
     columns += [(summary, "gAUC"), (summary, "NE")]
-    folders.sort(key=lambda f: -np.mean([value_of(r, "test", summary, "AUC") for r in finals[f]]))
+    names = sorted(finals, key=lambda name: -np.mean([value_of(r, "test", summary, "AUC") for r in finals[name]]))
     cells = []
     for target, metric in columns:
-        values = [{r["seed"]: value_of(r, "test", target, metric) for r in finals[folder]} for folder in folders]
+        values = [{r["seed"]: value_of(r, "test", target, metric) for r in finals[name]} for name in names]
         marks = best_marks(values, lower_is_better=metric in LOG_METRICS)
         shown = [spread(list(by_seed.values())) for by_seed in values]
         cells.append([f"**{text}**" if mark else text for text, mark in zip(shown, marks)])
-    rows = []
-    for folder, values in zip(folders, zip(*cells)):
-        size = f"{finals[folder][0]['parameters']['non_embedding']:,}"
-        rows.append([f"[{folder.name}]({folder.relative_to(HERE)}/README.md)", len(finals[folder]), *values, size])
+    rows = [
+        [name, len(finals[name]), *values, f"{finals[name][0]['parameters']['non_embedding']:,}"]
+        for name, values in zip(names, zip(*cells))
+    ]
     lines = markdown(["experiment", "seeds", *map(" ".join, columns), "parameters"], rows)
-    return f"{lines}\n\n{SIGNIFICANCE}" if len(folders) > 1 else lines
+    return f"{lines}\n\n{SIGNIFICANCE}" if len(names) > 1 else lines
 
 
 def runs(dataset_id: str) -> str:

@@ -208,7 +208,7 @@ def compare(
         typer.Argument(
             metavar="A",
             help="Experiment id with results in model_zoo/*/results, or a glob of it; or a result file, a folder of "
-            "them, or a glob in quotes."
+            "them, or a glob in quotes.",
         ),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The other experiment.")],
@@ -283,8 +283,8 @@ def submit(
         str,
         typer.Argument(
             metavar="TUNER_CONFIG|EXPID",
-            help="Tuner YAML of a finished search; or an experiment id with results in model_zoo/*/results, or a folder "
-            "of its results.",
+            help="Tuner YAML of a finished search; or an experiment id with results in model_zoo/*/results, or a "
+            "folder of its results.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],

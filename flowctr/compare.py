@@ -27,7 +27,7 @@ import numpy as np
 from flowctr.config import REPOSITORY
 from flowctr.metrics import GroupAUCs
 from flowctr.names import nearest
-from flowctr.results import find_results, read_result
+from flowctr.results import NOT_SETTINGS, find_results, read_result
 from numpy.typing import ArrayLike
 from rich.table import Table
 from rich.text import Text
@@ -37,11 +37,6 @@ ALPHA = 0.05
 RESAMPLES = 2000
 FEW_USERS = 30
 BLOCK_USERS = 2**16
-# Keys that say where and how a run ran, not what it was; data are told apart by their digest.
-NOT_SETTINGS = {
-    *("seed", "gpu", "model_id", "model_root", "zoo", "verbose", "resume", "checkpoint_steps", "tensorboard"),
-    *("data_root", "train_data", "valid_data", "test_data", "data_on_device", "num_workers", "pin_memory"),
-}
 
 
 @dataclass(frozen=True)

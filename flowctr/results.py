@@ -14,8 +14,9 @@ MEAN = "mean"
 
 # Of a configuration: where and how a run ran, not what it was, and the columns of its data set, which have a digest.
 NOT_SETTINGS = {
-    *("seed", "gpu", "model_id", "model_root", "verbose", "resume", "checkpoint_steps", "tensorboard", "feature_cols"),
-    *("data_root", "train_data", "valid_data", "test_data", "data_on_device", "num_workers", "pin_memory"),
+    *("seed", "gpu", "model_id", "model_root", "zoo", "verbose", "resume", "checkpoint_steps", "tensorboard"),
+    *("feature_cols", "data_root", "train_data", "valid_data", "test_data"),
+    *("data_on_device", "num_workers", "pin_memory"),
 }
 
 PUBLISHED_COLUMNS = ("dataset_id", "task", "model", "gAUC", "AUC", "logloss", "parameters", "source")

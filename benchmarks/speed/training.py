@@ -274,7 +274,12 @@ def measure(model: str, feature_map: FeatureMap, args, name: str, options: dict 
     else:
         curve = [point["loss"] for point in built.history["train"]]
     peak = torch.cuda.max_memory_allocated(args.gpu) if args.gpu >= 0 else None
-    run = {"rows_per_second": watch.steps_per_second() * args.batch_size, "peak_bytes": peak, "curve": curve}
+    run = {
+        "rows_per_second": watch.steps_per_second() * args.batch_size,
+        "peak_bytes": peak,
+        "curve": curve,
+        "same_batches": name != STOCK and not loading.get("bucket_by_length"),
+    }
     if name == STOCK or not stock:
         run["evaluate_seconds"] = min(evaluation_seconds(built, valid_data) for _ in range(2))
     if not stock and args.gpu >= 0:
@@ -358,7 +363,7 @@ def compared(runs: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
             continue
         for key, base in (("over_fuxictr", stock), ("over_plain", runs.get("plain"))):
             run[key] = run["rows_per_second"] / base["rows_per_second"] if base else None
-        if name != STOCK:
+        if run["same_batches"]:
             pairs = zip(run["curve"], runs[STOCK_IN_MEMORY]["curve"], strict=True)
             run["loss_difference"] = max(abs(ours / theirs - 1) for ours, theirs in pairs)
         if "work" in run:
