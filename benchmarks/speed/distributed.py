@@ -24,11 +24,10 @@ from fuxictr.features import FeatureMap
 from fuxictr.pytorch.torch_utils import seed_everything
 from rich.console import Console
 from rich.table import Table
-from training import ACCELERATIONS, MODELS, SIZES, Stopwatch, environment, write_data
+from training import ACCELERATIONS, LOADING, SIZES, Stopwatch, environment, model_and_arguments, write_data
 
 MODEL = "InterFormer"
 NAMES = [name for name, options in ACCELERATIONS.items() if "cuda_graphs" not in options]
-LONGER = 3  # times the steps that training.py takes: only after some do the processes keep step
 
 
 def main() -> None:
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--train", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    vars(args).update(SIZES[args.gpu >= 0], steps=LONGER * SIZES[args.gpu >= 0]["steps"])
+    vars(args).update(SIZES[args.gpu >= 0])
     if args.train:
         train(args, ACCELERATIONS[args.train])
         return
@@ -82,15 +81,14 @@ def train(args, acceleration: dict) -> None:
         feature_map = FeatureMap("random", str(args.data))
         feature_map.load(str(args.data / "columns.json"), {})
         options = dict(acceleration)
-        loading = {"shuffle": True, "data_on_device": options.pop("data_on_device", False), **sharing}
+        loading = {"shuffle": True, **{key: options.pop(key) for key in LOADING if key in options}, **sharing}
         data = H5DataLoader(feature_map, args.data / "train", batch_size=args.batch_size, gpu=gpu, **loading)
-        model_class, arguments = MODELS[MODEL](args)
+        model_class, arguments = model_and_arguments(MODEL, feature_map, args)
         seed_everything(0)
         model = accelerate(model_class)(
             feature_map,
             model_id=MODEL,
             gpu=gpu,
-            embedding_dim=args.dim,
             embedding_regularizer=0.005,
             verbose=0,
             model_root=str(args.data),
@@ -98,7 +96,7 @@ def train(args, acceleration: dict) -> None:
             **arguments,
             **options,
         )
-        watch = Stopwatch(data, args.warm_up, args.steps, gpu)
+        watch = Stopwatch(data, args.warm_up, gpu)
         model.fit(watch, epochs=1)
         if distributed.is_writer():
             rate = watch.steps_per_second() * args.batch_size * distributed.world_size()

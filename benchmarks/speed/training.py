@@ -57,8 +57,9 @@ SIZES = {  # by whether there is a GPU
         "layers": 3,
         "eval_rows": 100_000,
     },
-    False: {"batch_size": 512, "warm_up": 6, "steps": 24, "dim": 16, "length": 100, "layers": 1, "eval_rows": 5_000},
+    False: {"batch_size": 128, "warm_up": 4, "steps": 64, "dim": 16, "length": 100, "layers": 1, "eval_rows": 5_000},
 }
+LOADING = ("data_on_device", "bucket_by_length")  # the loader's part of the options
 FUSED = {"fused_optimizer": True, "fused_regularizer": True}
 FP32 = {"cuda_graphs": True, "data_on_device": True, **FUSED}
 ACCELERATIONS = {
@@ -75,8 +76,8 @@ ACCELERATIONS = {
     "bf16 together": {"precision": "bf16", "compile": True, **FP32},
     "all": {"precision": "bf16", "compile": True, "bucket_by_length": True, **FP32},
 }
-CPU = ("plain", "fused", "bucket_by_length")
-PARTS = 3  # of the timed steps; the median counts
+CPU = ("plain", "bucket_by_length")
+ROOFLINE = ("plain", "bucket_by_length", "bf16 together", "all")
 RESIDENT = 64  # batches that lie on the device
 STOCK = "FuxiCTR"
 STOCK_IN_MEMORY = "FuxiCTR, in memory"
@@ -87,7 +88,10 @@ OURS = {
     "DHEN": lambda args: ("DHEN", {"num_layers": args.layers}),
 }
 # BARS' settings for AmazonElectronics_x1, the same for all.
-ZOO = {"batch_norm": True, "net_dropout": 0.1}
+ZOO = {
+    **{"optimizer": "adam", "loss": "binary_crossentropy", "learning_rate": 5e-4},
+    **{"batch_norm": True, "net_dropout": 0.1},
+}
 ZOO_UNITS = {
     "DIN": {"dnn_hidden_units": [1024, 512, 256], "attention_hidden_units": [512, 256]},
     "BST": {"dnn_hidden_units": [1024, 512, 256]},
@@ -98,11 +102,10 @@ ZOO_UNITS = {
 
 
 class Stopwatch:
-    """Batches that tell the time at which a step is done: after the warm-up, and at the end of each part."""
+    """Batches that tell the time at which the warm-up is done, and the last step."""
 
-    def __init__(self, batches: Iterable, warm_up: int, steps: int, gpu: int):
-        self.batches, self.gpu = batches, gpu
-        self.marks = [warm_up + steps * part // PARTS for part in range(PARTS + 1)]
+    def __init__(self, batches: Iterable, warm_up: int, gpu: int):
+        self.batches, self.warm_up, self.gpu = batches, warm_up, gpu
         self.times: list[float] = []
 
     def __len__(self) -> int:
@@ -110,7 +113,7 @@ class Stopwatch:
 
     def __iter__(self) -> Iterator[dict]:
         for done, batch in enumerate(self.batches):
-            if done in self.marks:
+            if done == self.warm_up:
                 self._mark()
             yield batch
         self._mark()
@@ -121,8 +124,8 @@ class Stopwatch:
         self.times.append(time.perf_counter())
 
     def steps_per_second(self) -> float:
-        parts = zip(self.marks, self.marks[1:], self.times, self.times[1:])
-        return statistics.median((last - first) / (end - start) for first, last, start, end in parts)
+        start, end = self.times
+        return (len(self) - self.warm_up) / (end - start)
 
 
 def main() -> None:
@@ -225,16 +228,17 @@ def loader_rate(batches: Iterable) -> float:
 def model_and_arguments(model: str, feature_map: FeatureMap, args) -> tuple[type[BaseModel], dict]:
     if model in OURS:
         name, arguments = OURS[model](args)
-        return getattr(import_module(f"flowctr.models.{name}"), name), {**arguments, "behaviors": BEHAVIORS}
+        arguments |= {"behaviors": BEHAVIORS, "embedding_dim": args.dim, "task": "binary_classification"}
+        return getattr(import_module(f"flowctr.models.{name}"), name), arguments
     (model_class,) = zoo.models(args.zoo / model).values()
-    arguments = {**ZOO, **ZOO_UNITS[model], "behaviors": BEHAVIORS}
+    arguments = {**ZOO, **ZOO_UNITS[model], "behaviors": BEHAVIORS, "embedding_dim": args.dim}
     return zoo.adapt(model_class, feature_map, arguments, feature_map.data_dir), arguments
 
 
 def measure(model: str, feature_map: FeatureMap, args, name: str, options: dict | None) -> dict:
     """Trains one epoch and evaluates, with FuxiCTR's own methods if there are no options, not even empty ones."""
     stock, options = options is None, dict(options or {})
-    loading = {key: options.pop(key) for key in ("data_on_device", "bucket_by_length") if key in options}
+    loading = {key: options.pop(key) for key in LOADING if key in options}
     if name == STOCK:
         data, valid_data = npz_loader(feature_map, args), npz_loader(feature_map, args, "valid")
     else:
@@ -250,13 +254,12 @@ def measure(model: str, feature_map: FeatureMap, args, name: str, options: dict 
         feature_map,
         model_id=model,
         gpu=args.gpu,
-        embedding_dim=args.dim,
         embedding_regularizer=0.005,
         eval_steps=sys.maxsize,
         verbose=0,
         model_root=feature_map.data_dir,
         metrics=["AUC", "gAUC"],
-        **{"task": "binary_classification", **arguments},
+        **arguments,
         **options,
     )
     losses = []
@@ -265,7 +268,7 @@ def measure(model: str, feature_map: FeatureMap, args, name: str, options: dict 
         built.train_step = lambda batch: losses.append(step(batch)) or losses[-1]
         Path(built.model_dir).mkdir(exist_ok=True)
         built.save_weights(built.checkpoint)  # which its fit reads at the end
-    watch = Stopwatch(list(data) if name == STOCK_IN_MEMORY else data, args.warm_up, args.steps, args.gpu)
+    watch = Stopwatch(list(data) if name == STOCK_IN_MEMORY else data, args.warm_up, args.gpu)
     built.fit(watch, epochs=1)
     if stock:
         every = max(1, len(watch) // CURVE_POINTS_PER_EVALUATION)
@@ -283,9 +286,10 @@ def measure(model: str, feature_map: FeatureMap, args, name: str, options: dict 
     if name == STOCK or not stock:
         run["evaluate_seconds"] = min(evaluation_seconds(built, valid_data) for _ in range(2))
     if not stock and args.gpu >= 0:
-        resident = Stopwatch(list(islice(data, RESIDENT)) * PARTS, 0, RESIDENT * PARTS, args.gpu)
+        resident = Stopwatch(list(islice(data, RESIDENT)) * 3, RESIDENT, args.gpu)
         built.fit(resident, epochs=1)
         run["resident_rows_per_second"] = resident.steps_per_second() * args.batch_size
+    if not stock:
         run["work"] = work_per_row(built, next(iter(h5_loader(feature_map, args, {}))))
     del built
     torch.compiler.reset()
@@ -358,7 +362,7 @@ def limit(work: dict[str, float], rates: dict[str, float]) -> float:
 def compared(runs: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
     """Adds ratios to FuxiCTR and to the plain engine, the difference of the training curves, idle time and limit."""
     stock = runs[STOCK]
-    for name, run in runs.items():
+    for run in runs.values():
         if "error" in run or "error" in stock:
             continue
         for key, base in (("over_fuxictr", stock), ("over_plain", runs.get("plain"))):
@@ -366,8 +370,9 @@ def compared(runs: dict[str, dict], rates: dict[str, float]) -> dict[str, dict]:
         if run["same_batches"]:
             pairs = zip(run["curve"], runs[STOCK_IN_MEMORY]["curve"], strict=True)
             run["loss_difference"] = max(abs(ours / theirs - 1) for ours, theirs in pairs)
-        if "work" in run:
+        if "resident_rows_per_second" in run:
             run["idle"] = max(0.0, 1 - run["rows_per_second"] / run["resident_rows_per_second"])
+        if "work" in run:
             run["limit"] = run["rows_per_second"] / limit(run["work"], rates)
     return runs
 
@@ -429,18 +434,17 @@ def write(path: Path, results: dict) -> None:
         heights = [runs[name].get("rows_per_second", math.nan) for runs in models.values()]
         bars.bar(np.arange(len(models)) + (i - len(names) / 2) * width, heights, width, label=name)
     bars.set_xticks(range(len(models)), list(models))
-    bars.set_yscale("log")
     bars.set_ylabel("rows/s of an epoch")
     bars.legend(fontsize=7, ncols=2)
-    intensity = np.logspace(0, 3, 50)
+    intensity = np.logspace(-1, 3, 400)
     roofline.plot(intensity, np.minimum(rates["flops"], rates["bytes"] * intensity) / 1e12, color="black")
     for model, runs in models.items():
-        points = [(n, run) for n, run in runs.items() if "work" in run and n in ("plain", "bf16 together", "all")]
+        points = [(name, run) for name, run in runs.items() if "work" in run and name in ROOFLINE]
         x = [run["work"]["flops"] / run["work"]["bytes"] for _, run in points]
         y = [run["work"]["flops"] * run["rows_per_second"] / 1e12 for _, run in points]
         roofline.plot(x, y, "o-", label=model)
-        for (n, _), *place in zip(points, x, y):
-            roofline.annotate(n, place, fontsize=6)
+        for (name, _), *place in zip(points, x, y):
+            roofline.annotate(name, place, fontsize=6)
     roofline.set(xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="TFLOP/s")
     roofline.set_title("the machine's limit, and where the models are", fontsize=9)
     if models and roofline.get_legend_handles_labels()[0]:
