@@ -26,11 +26,12 @@ from filelock import FileLock, Timeout
 from flowctr import config, distributed, stages, zoo
 from flowctr._fuxictr import fuxictr_origin
 from flowctr.data import H5DataLoader, build_h5, load_feature_map, scenario_names
+from flowctr.evaluation import MAX_LOGGED_SCENARIOS
 from flowctr.flops import flops_per_row
 from flowctr.metrics import GroupAUCs
 from flowctr.report import metrics_table
 from flowctr.resume import ResumeFile, is_interrupted
-from flowctr.training import MAX_LOGGED_SCENARIOS, accelerate
+from flowctr.training import accelerate
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import seed_everything
@@ -158,13 +159,13 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
         metrics["valid"] = {name: value for name, value in model.restored.items() if name not in ("step", "epoch")}
     elif valid_data:
         metrics["valid"] = model.evaluate(valid_data)
+    users = None
     if test_data and test_data is valid_data:
         metrics["test"] = metrics["valid"]
+        users = model.group_aucs(test_data)  # which the best evaluation, maybe before a resume, did not keep
     elif test_data:
         logging.info("******** Test evaluation ********")
-        metrics["test"] = model.evaluate(test_data)
-    # Predicts again: metrics of a best evaluation, maybe before a resume, come without the users' AUCs.
-    users = model.group_aucs(test_data) if test_data else None
+        metrics["test"], users = model.evaluate_with_groups(test_data)
 
     name = f"{params['model_id']}-{started:%Y%m%d-%H%M%S-%f}"  # runs may start in the same second
     path, lines = model_dir / "results" / f"{name}.json", model_dir / f"{config_dir.name}.csv"

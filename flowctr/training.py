@@ -4,29 +4,26 @@
 seed and the same batches, losses and weights are bit-equal on the CPU. What it adds: the loss is read once per logging
 interval, predictions leave the device once per evaluation, `flowctr.metrics` scores them, learning curves are kept, a
 checkpoint is whole or absent, and a run that has gone wrong says so and stops. What makes it faster at the price of
-other last digits or of more memory is an option; `flowctr.acceleration` has the parts.
+other last digits or of more memory is an option. What is not the training itself has modules of its own:
+`flowctr.acceleration`, `flowctr.losses`, `flowctr.evaluation`, `flowctr.weights` and `flowctr.resume`.
 """
 
 import functools
 import logging
 import math
-import os
-import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from flowctr import acceleration, distributed
+from flowctr import acceleration, distributed, losses, weights
 from flowctr.acceleration import CompiledForward, GraphedStep
-from flowctr.data import scenario_names
-from flowctr.data.format import UNSEEN
-from flowctr.metrics import GroupAUCs, evaluate_metrics, evaluate_metrics_within, group_aucs
-from flowctr.names import nearest
+from flowctr.evaluation import OTHER_MONITOR, Predictions, Scorer
+from flowctr.losses import Loss, UncertaintyLoss, WeightedLoss
+from flowctr.metrics import GroupAUCs
 from flowctr.resume import START_ANEW, ResumeFile, random_state, set_random_state
 from flowctr.tensorboard import CurveEvents, check_installed
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
@@ -34,9 +31,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 CURVE_POINTS_PER_EVALUATION = 10
-TWO_CLASS_METRICS = ("AUC", "gAUC", "avgAUC")
-MAX_LOGGED_SCENARIOS = 20
-OTHER_MONITOR = "monitor a metric that these validation data define, such as logloss, or take other data"
 # How torch's binary_cross_entropy reports a prediction that is nan: on the CPU, and on a GPU.
 NAN_PREDICTION = ("all elements of input should be between 0 and 1", "device-side assert triggered")
 
@@ -47,8 +41,6 @@ PROGRESS = (
 )
 
 Batches = Iterable[Mapping[str, Tensor]]
-Loss = Callable[..., Tensor]
-"""A function of torch.nn.functional: (y_pred, y_true, reduction=...) -> loss."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -71,57 +63,6 @@ def accelerate(model_class: type[Model]) -> type[Model]:
     """
     namespace = {"__module__": model_class.__module__, "__doc__": model_class.__doc__}
     return type(model_class.__name__, (Engine, model_class), namespace)
-
-
-@dataclass
-class WeightedLoss:
-    """``weight * loss``."""
-
-    loss: Loss
-    weight: float
-
-    def __call__(self, y_pred: Tensor, y_true: Tensor, reduction: str = "mean") -> Tensor:
-        """Returns the weighted loss, reduced as ``loss`` does."""
-        return self.weight * self.loss(y_pred, y_true, reduction=reduction)
-
-
-@dataclass
-class UncertaintyLoss:
-    """``exp(-s) * loss + s / 2`` with a learned ``s = log(sigma^2)``, the uncertainty of one task.
-
-    The form for classification, the second term of equation 10 of Kendall, Gal and Cipolla, "Multi-task learning using
-    uncertainty to weigh losses", CVPR 2018, https://arxiv.org/abs/1705.07115; taken for regression too, whose own form
-    has ``loss / 2``.
-    """
-
-    loss: Loss
-    log_variances: nn.Parameter  # (K,)
-    task: int
-
-    def __call__(self, y_pred: Tensor, y_true: Tensor, reduction: str = "mean") -> Tensor:
-        """Returns the weighted loss, reduced as ``loss`` does."""
-        s = self.log_variances[self.task]
-        return torch.exp(-s) * self.loss(y_pred, y_true, reduction=reduction) + s / 2
-
-
-@dataclass
-class KnownLoss:
-    """The mean loss of the rows whose label is known, that is not NaN; 0 if there are none.
-
-    Attributes:
-        known_share: Share of known labels among all rows of a step that is taken in parts, to be set before each: the
-            mean of the parts' losses, weighted by their rows, is then that of all known rows. None: a batch is a step.
-    """
-
-    loss: Loss
-    known_share: Tensor | None = field(default=None, init=False, compare=False)
-
-    def __call__(self, y_pred: Tensor, y_true: Tensor, reduction: str = "mean") -> Tensor:
-        """Returns the mean, the only reduction there is, without waiting for the device."""
-        known = ~y_true.isnan()
-        losses = self.loss(y_pred, torch.where(known, y_true, 0.0), reduction="none")
-        count = known.sum().clamp(min=1) if self.known_share is None else len(y_true) * self.known_share
-        return torch.where(known, losses, 0.0).sum() / count
 
 
 def _in_precision(method: Callable) -> Callable:
@@ -179,6 +120,8 @@ class Engine:
 
     on_evaluation: Callable[[list[dict[str, float]]], None] | None = None
 
+    # A model made ready
+
     def __init__(
         self,
         *args,
@@ -216,8 +159,7 @@ class Engine:
         if tensorboard:
             check_installed()
         self._scenario = scenario
-        self._scenario_names = scenario_names(self.feature_map, scenario) if scenario else {}
-        self._told_unseen: set[int] = set()
+        self._scorer = Scorer(self.feature_map, scenario)
         self.history: dict[str, list[dict[str, float]]] = {"train": [], "valid": []}
         self.restored: dict[str, float] | None = None
         self.base_rates: Mapping[str, float] | None = None
@@ -254,7 +196,7 @@ class Engine:
             loss: FuxiCTR's loss name, one for all labels or a list with one for each.
             lr: Learning rate.
         """
-        weights, labels = self._loss_weighting, self.feature_map.labels
+        labels = self.feature_map.labels
         if isinstance(loss, list) and len(loss) != len(labels):
             raise ValueError(
                 f"loss={loss} is for {len(loss)} labels; the data set has {len(labels)}: {', '.join(labels)}"
@@ -262,45 +204,35 @@ class Engine:
         super().compile(optimizer, loss, lr)
         if self._fused_optimizer:
             self.optimizer = acceleration.fused_optimizer(self.optimizer)
-        if weights == "EQ":
+        self._weigh_losses(lr)
+
+    def _weigh_losses(self, lr: float) -> None:
+        """Puts the weights that ``loss_weight`` asks for before the losses; raises ValueError if it cannot."""
+        weighting, labels = self._loss_weighting, self.feature_map.labels
+        if weighting == "EQ":
             return
         if not isinstance(self, MultiTaskModel):
-            raise ValueError(f"loss_weight={weights!r} weighs several labels; {type(self).__name__} predicts one")
-        if weights == "UW":
+            raise ValueError(f"loss_weight={weighting!r} weighs several labels; {type(self).__name__} predicts one")
+        if weighting == "UW":
             if not hasattr(self, "loss_log_variances"):
                 self.loss_log_variances = nn.Parameter(torch.zeros(len(labels), device=self.device))
             trained = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
             if id(self.loss_log_variances) not in trained:
                 self.optimizer.add_param_group({"params": [self.loss_log_variances], "lr": lr, "weight_decay": 0.0})
             self.loss_fn = [UncertaintyLoss(fn, self.loss_log_variances, k) for k, fn in enumerate(self.loss_fn)]
-        elif isinstance(weights, Sequence) and not isinstance(weights, str) and len(weights) == len(labels):
-            self.loss_fn = [WeightedLoss(fn, weight) for fn, weight in zip(self.loss_fn, weights)]
+        elif isinstance(weighting, Sequence) and not isinstance(weighting, str) and len(weighting) == len(labels):
+            self.loss_fn = [WeightedLoss(fn, weight) for fn, weight in zip(self.loss_fn, weighting)]
         else:
             raise ValueError(
-                f"loss_weight={weights!r} must be EQ, UW or one weight for each of the {len(labels)} labels "
+                f"loss_weight={weighting!r} must be EQ, UW or one weight for each of the {len(labels)} labels "
                 f"{', '.join(labels)}"
             )
 
-    def regularization_loss(self) -> Tensor:
-        """Computes FuxiCTR's regularisation of every parameter but learned loss weights."""
-        regularization_loss = super().regularization_loss
-        if self._fused_regularizer:
-            regularization_loss = self._fused_regularization_loss
-        elif regularization_loss.__func__ is MultiTaskModel.regularization_loss:
-            # It sees only parameters called weight or bias: bare nn.Parameters would go unregularised.
-            regularization_loss = super(MultiTaskModel, self).regularization_loss
-        if self._loss_weighting != "UW":
-            return regularization_loss()
-        self.loss_log_variances.requires_grad_(False)  # FuxiCTR passes over what takes no gradient
-        try:
-            return regularization_loss()
-        finally:
-            self.loss_log_variances.requires_grad_(True)
+    def _losses_by_label(self) -> dict[str, Loss]:
+        functions = self.loss_fn if isinstance(self, MultiTaskModel) else [self.loss_fn]
+        return dict(zip(self.feature_map.labels, functions))
 
-    def _fused_regularization_loss(self) -> Tensor:
-        if self._penalties is None:
-            self._penalties = acceleration.penalties(self, self._embedding_regularizer, self._net_regularizer)
-        return sum(acceleration.Penalty.apply(p, weight, *parameters) for p, weight, parameters in self._penalties)
+    # One step
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Computes what the model does; accelerated while it trains, as `evaluate` and `predict` are."""
@@ -324,7 +256,7 @@ class Engine:
             return super().train_step(batch)
         self.optimizer.zero_grad()
         rows, loss = acceleration.row_count(batch), torch.zeros((), device=self.device)
-        self._share_known(batch, rows)
+        losses.share_known(self._losses_by_label(), batch, rows)
         for part in acceleration.split_batch(batch, self._gradient_accumulation) if rows else ():
             share = acceleration.row_count(part) / rows
             part_loss = share * self.compute_loss(self.forward(part), self.get_labels(part))
@@ -335,17 +267,6 @@ class Engine:
         self.optimizer.step()
         return loss
 
-    def _share_known(self, batch: Mapping[str, Tensor], rows: int) -> None:
-        """Tells the losses of labels that may be missing which share of the step's rows, in all processes, has them."""
-        functions = self.loss_fn if isinstance(self, MultiTaskModel) else [self.loss_fn]
-        losses = {label: fn for label, fn in zip(self.feature_map.labels, functions) if isinstance(fn, KnownLoss)}
-        if not losses:
-            return
-        shares = [(~batch[label].isnan()).sum() / max(rows, 1) for label in losses]
-        distributed.mean_over_rows(shares, rows)
-        for fn, share in zip(losses.values(), shares):
-            fn.known_share = share.masked_fill_(share == 0, 1)  # of none the loss is 0, whatever it is divided by
-
     def _average_over_processes(self, loss: Tensor, rows: int) -> None:
         if distributed.world_size() == 1:
             return
@@ -354,6 +275,37 @@ class Engine:
             if parameter.grad is None:  # here, but maybe not in other processes
                 parameter.grad = torch.zeros_like(parameter)
         distributed.mean_over_rows([loss, *(parameter.grad for parameter in trained)], rows)
+
+    def regularization_loss(self) -> Tensor:
+        """Computes FuxiCTR's regularisation of every parameter but learned loss weights."""
+        regularization_loss = super().regularization_loss
+        if self._fused_regularizer:
+            regularization_loss = self._fused_regularization_loss
+        elif regularization_loss.__func__ is MultiTaskModel.regularization_loss:
+            # It sees only parameters called weight or bias: bare nn.Parameters would go unregularised.
+            regularization_loss = super(MultiTaskModel, self).regularization_loss
+        if self._loss_weighting != "UW":
+            return regularization_loss()
+        self.loss_log_variances.requires_grad_(False)  # FuxiCTR passes over what takes no gradient
+        try:
+            return regularization_loss()
+        finally:
+            self.loss_log_variances.requires_grad_(True)
+
+    def _fused_regularization_loss(self) -> Tensor:
+        if self._penalties is None:
+            self._penalties = acceleration.penalties(self, self._embedding_regularizer, self._net_regularizer)
+        return sum(acceleration.Penalty.apply(p, weight, *parameters) for p, weight, parameters in self._penalties)
+
+    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies what is computed with, all but meta columns; FuxiCTR's ``get_inputs`` would wait for every column."""
+        meta = {name for name, spec in self.feature_map.features.items() if spec["type"] == "meta"}
+        return {
+            name: values if name in meta else values.to(self.device, non_blocking=True)
+            for name, values in batch.items()
+        }
+
+    # All steps
 
     @_in_precision
     def fit(
@@ -387,36 +339,10 @@ class Engine:
             TrainingError: If a loss, a weight, a prediction or the monitored metric is not a number.
         """
         steps_per_epoch = -(-len(data_generator) // self._gradient_accumulation)
-        self.history = {"train": [], "valid": []}
-        self.restored = None
-        self.base_rates = getattr(data_generator, "base_rates", None)
-        self.valid_gen = validation_data
-        self._check_monitor()
-        self._leave_out_missing(getattr(data_generator, "may_be_missing", ()))
-        self._evaluate_every = self._eval_steps or steps_per_epoch
-        self._record_every = max(1, min(self._evaluate_every, steps_per_epoch) // CURVE_POINTS_PER_EVALUATION)
-        # By step since the last record of the loss: the loss and the rows.
-        self._losses = torch.zeros(self._record_every, dtype=torch.float64, device=self.device)
-        self._step_rows: list[int] = []
-        self._epoch_rows = 0
-        self._graphed_step = GraphedStep(self) if self.cuda_graphs and self.device.type == "cuda" else None
-        # These have the names and meaning of BaseModel, whose train_step and checkpoint_and_earlystop use them.
+        self._begin_fit(data_generator, validation_data, steps_per_epoch)
         self._max_gradient_norm = max_gradient_norm
-        self._best_metric = math.inf if self._monitor_mode == "min" else -math.inf
-        self._stopping_steps = 0
-        self._stop_training = False
-        self._total_steps = 0
-        self._epoch_index = 0
         self.resume_file = resume_file
-        self._join_processes(data_generator)
-        if getattr(data_generator, "bucket_by_length", False):
-            if self._gradient_accumulation > 1:
-                raise ValueError(
-                    f"gradient_accumulation={self._gradient_accumulation} joins batches, which bucket_by_length gives "
-                    "different lengths; turn one of them off"
-                )
-            acceleration.check_padding_invariance(self, data_generator)
-        Path(f"{self.checkpoint}.tmp").unlink(missing_ok=True)  # of a run that was killed while it wrote
+        weights.remove_unfinished(Path(self.checkpoint))
 
         logging.info("Start training: %d steps/epoch", steps_per_epoch)
         in_epoch = resume_file is not None and resume_file.state is not None
@@ -451,6 +377,46 @@ class Engine:
         logging.info("Load the best weights, epoch %(epoch)d, step %(step)d", self.restored)
         self.load_weights(self.checkpoint)
 
+    def _begin_fit(self, data_generator: Batches, validation_data: Batches | None, steps_per_epoch: int) -> None:
+        """Forgets an earlier `fit`, and raises ValueError for what data and model cannot do."""
+        self.history = {"train": [], "valid": []}
+        self.restored = None
+        self.base_rates = getattr(data_generator, "base_rates", None)
+        self.valid_gen = validation_data
+        rates = getattr(validation_data, "base_rates", {})
+        self._scorer.check_monitor(
+            self._monitor.get_metrics(), {label: rates[label] for label in self._outputs() if label in rates}
+        )
+        self._leave_out_missing(getattr(data_generator, "may_be_missing", ()))
+        self._evaluate_every = self._eval_steps or steps_per_epoch
+        self._record_every = max(1, min(self._evaluate_every, steps_per_epoch) // CURVE_POINTS_PER_EVALUATION)
+        # By step since the last record of the loss: the loss and the rows.
+        self._losses = torch.zeros(self._record_every, dtype=torch.float64, device=self.device)
+        self._step_rows: list[int] = []
+        self._epoch_rows = 0
+        self._graphed_step = GraphedStep(self) if self.cuda_graphs and self.device.type == "cuda" else None
+        # These have the names and meaning of BaseModel, whose checkpoint_and_earlystop uses them.
+        self._best_metric = math.inf if self._monitor_mode == "min" else -math.inf
+        self._stopping_steps = 0
+        self._stop_training = False
+        self._total_steps = 0
+        self._epoch_index = 0
+        self._join_processes(data_generator)
+        if getattr(data_generator, "bucket_by_length", False):
+            if self._gradient_accumulation > 1:
+                raise ValueError(
+                    f"gradient_accumulation={self._gradient_accumulation} joins batches, which bucket_by_length gives "
+                    "different lengths; turn one of them off"
+                )
+            acceleration.check_padding_invariance(self, data_generator)
+
+    def _leave_out_missing(self, labels: Sequence[str]) -> None:
+        """Lets the losses of labels that may be missing leave out the rows that lack them."""
+        if not labels:
+            return
+        functions = losses.leave_out_missing(self._losses_by_label(), labels)
+        self.loss_fn = functions if isinstance(self, MultiTaskModel) else functions[0]
+
     def _join_processes(self, data_generator: Batches) -> None:
         """Starts from the writer's weights in every process; raises ValueError if the processes' steps differ."""
         distributed.barrier()
@@ -466,36 +432,6 @@ class Engine:
         self._epoch_rows = 0
         if hasattr(self, "start_epoch"):
             self.start_epoch(self._epoch_index, epochs)
-
-    def _leave_out_missing(self, labels: Sequence[str]) -> None:
-        """Puts `KnownLoss` around the loss of each label that may be missing, once."""
-        if not labels:
-            return
-        many = isinstance(self, MultiTaskModel)
-        functions = [
-            KnownLoss(fn) if label in labels and not isinstance(fn, KnownLoss) else fn
-            for label, fn in zip(self.feature_map.labels, self.loss_fn if many else [self.loss_fn])
-        ]
-        self.loss_fn = functions if many else functions[0]
-
-    def _check_monitor(self) -> None:
-        """Raises for what will leave the monitored metric undefined, as far as it is known before training."""
-        rates = getattr(self.valid_gen, "base_rates", {})
-        one_class = [label for label in self._outputs() if rates.get(label) in (0, 1)]
-        seen = [name for name in self._scenario_names.values() if name != UNSEEN]
-        for name in self._monitor.get_metrics():  # a name without a label is the mean over all of them
-            metric, _, value = name.partition(f"@{self._scenario}")
-            undefined = [label for label in one_class if metric.removeprefix(f"{label}_") in TWO_CLASS_METRICS]
-            if undefined:
-                raise ValueError(
-                    f"the monitored {name} needs both classes, but the validation labels of {', '.join(undefined)} are "
-                    f"all of one class; {OTHER_MONITOR}"
-                )
-            if value and (value := value.removeprefix("=")) not in seen:
-                raise ValueError(
-                    f"the monitored {name} is of a {self._scenario} that training has not seen; the nearest is "
-                    f"{nearest(value, seen)!r}"
-                )
 
     def train_epoch(self, data_generator: Batches) -> None:
         """Trains one epoch, or less when early stopping ends it."""
@@ -528,6 +464,197 @@ class Engine:
         self._epoch_rows += rows
         self._step_rows.append(rows)
         self._rows["train"] += rows
+
+    def _progress(self, data_generator: Batches, what: str) -> Batches:
+        """Shows the progress and the rate on a terminal, nothing in a log."""
+        shown = self._verbose and distributed.is_writer()
+        return tqdm(data_generator, what, unit="batch", leave=False, disable=None if shown else True)
+
+    # Losses, read once per interval
+
+    def _record_loss(self) -> None:
+        """Records the mean loss since the last call: the only point where every training loop waits for the device."""
+        if not self._step_rows:
+            return
+        values = self._read_losses()
+        loss = sum(values) / len(values)
+        self._add_point("train", {"step": self._total_steps, "epoch": self._epoch_index + 1, "loss": loss})
+        logging.info("Train loss: %.6f @step %d", loss, self._total_steps)
+        self._step_rows.clear()
+
+    def _add_point(self, curve: str, point: dict[str, float]) -> None:
+        self.history[curve].append(point)
+        if self._events is not None:
+            self._events.add(curve, point)
+
+    def _read_losses(self) -> list[float]:
+        """Copies the losses since the last record from the device; raises TrainingError if one is not a number."""
+        values = self._losses[: len(self._step_rows)].tolist()
+        for i, loss in enumerate(values):
+            if not math.isfinite(loss):
+                raise self._diverged(f"loss is {loss}", i, i)
+        return values
+
+    def _diverged(self, what: str, first: int, last: int) -> TrainingError:
+        """Says where: in the ``first`` to the ``last`` of the steps since the loss was last recorded, from 0."""
+        step = self._total_steps - len(self._step_rows) + 1
+        row = self._epoch_rows - sum(self._step_rows[first:]) + 1
+        steps = f"at step {step + first}" if first == last else f"between steps {step + first} and {step + last}"
+        rows = f"rows {row} to {row + sum(self._step_rows[first : last + 1]) - 1} in its order"
+        return self._stopped(f"{what} {steps} (epoch {self._epoch_index + 1}, {rows})")
+
+    def _stopped(self, what: str) -> TrainingError:
+        """Adds what to do, and which weights are left."""
+        kept = f"; the best weights, of step {self.restored['step']}, are {self.checkpoint}" if self.restored else ""
+        return TrainingError(
+            f"the training {what}; lower learning_rate, or look for nan and extreme values in the features{kept}"
+        )
+
+    # Evaluation
+
+    def eval_step(self) -> None:
+        """Evaluates on the validation data, saves the weights if they are the best, stops early if they stay worse."""
+        logging.info("Evaluation @epoch %d - step %d:", self._epoch_index + 1, self._total_steps)
+        logs, predictions = self._evaluate(self.valid_gen, self.validation_metrics)
+        record = {"step": self._total_steps, "epoch": self._epoch_index + 1, **logs}
+        self._add_point("valid", record)
+        if self.on_evaluation is not None:
+            self.on_evaluation(self.history["valid"])
+        if self._loss_weighting == "UW":
+            learned = torch.exp(-self.loss_log_variances.detach()).tolist()
+            listed = ", ".join(f"{label} {weight:.4f}" for label, weight in zip(self.feature_map.labels, learned))
+            logging.info("Loss weights: %s", listed)
+        self._check_monitored(logs, predictions)
+        best = self._best_metric
+        self.checkpoint_and_earlystop(logs)
+        if self._best_metric != best or not self._save_best_only:
+            self.restored = record
+        self.train()
+
+    def _check_monitored(self, logs: Mapping[str, float], predictions: Predictions) -> None:
+        """Raises TrainingError unless all monitored metrics are numbers."""
+        monitored = self._monitor.get_metrics()
+        reason = self._scorer.why_undefined(monitored, logs, predictions.y_true)
+        if reason is not None:
+            raise TrainingError(
+                f"the monitored {' + '.join(monitored)} is nan at step {self._total_steps}: {reason}{OTHER_MONITOR}"
+            )
+
+    def evaluate(self, data_generator: Batches, metrics: Sequence[str] | None = None) -> dict[str, float]:
+        """Scores the predictions for some data.
+
+        Args:
+            data_generator: Batches.
+            metrics: Metric names; those of the configuration by default.
+
+        Returns:
+            Metric -> value, named as FuxiCTR does: with several labels ``<label>_<metric>`` for each, and their mean
+            as ``<metric>``. With a scenario, each label also has ``<metric>@<scenario>=<value>`` within each of its
+            values, nan where it is undefined, and their mean as ``<metric>@<scenario>``, which leaves out what is
+            undefined and the values unseen in training, ``<scenario>=unseen``. NE keeps the base rate of all rows.
+            Rows without a label are left out of its metrics if the data's ``may_be_missing`` has it.
+
+        Raises:
+            TrainingError: If a prediction is not a number.
+        """
+        return self._evaluate(data_generator, metrics or self.validation_metrics)[0]
+
+    def predict(self, data_generator: Batches) -> np.ndarray | dict[str, np.ndarray]:
+        """Predicts, in the order of the data.
+
+        Returns:
+            One value per row, ``(rows,)`` in float64; for a multi-task model a dict of those by label.
+        """
+        y_pred = self._collect(data_generator).y_pred
+        return y_pred if isinstance(self, MultiTaskModel) else y_pred[self.feature_map.labels[0]]
+
+    def group_aucs(self, data_generator: Batches) -> dict[str, GroupAUCs] | None:
+        """Predicts, and gives for each label the AUC of the groups that gAUC is the mean of.
+
+        Returns:
+            Label -> its groups that have both classes; None if gAUC is not among the configured metrics, and in all
+            processes but the writer.
+        """
+        return self._group_aucs(self._collect(data_generator)) if "gAUC" in self.validation_metrics else None
+
+    def evaluate_with_groups(self, data_generator: Batches) -> tuple[dict[str, float], dict[str, GroupAUCs] | None]:
+        """Gives what `evaluate` and `group_aucs` give, and predicts once."""
+        logs, predictions = self._evaluate(data_generator, self.validation_metrics)
+        return logs, self._group_aucs(predictions) if "gAUC" in self.validation_metrics else None
+
+    def _group_aucs(self, predictions: Predictions) -> dict[str, GroupAUCs] | None:
+        return predictions.group_aucs() if distributed.is_writer() else None
+
+    def _evaluate(self, data_generator: Batches, metrics: Sequence[str]) -> tuple[dict[str, float], Predictions]:
+        """Scores as `evaluate` does and gives what has been scored as well."""
+        started = time.perf_counter()
+        predictions = self._collect(data_generator)
+        if labels := predictions.not_finite():
+            raise TrainingError(f"the model predicts nan or inf for {', '.join(labels)}; lower learning_rate")
+        logs = distributed.from_writer(
+            lambda: self._scorer.score(predictions, data_generator, metrics, self.base_rates)
+        )
+        self._rows["evaluate"] += predictions.rows
+        self._seconds["evaluate"] += time.perf_counter() - started
+        return logs, predictions
+
+    @_in_precision
+    @torch.no_grad()
+    def _collect(self, data_generator: Batches) -> Predictions:
+        """Predicts all rows, in all processes; each value leaves the device once."""
+        self.eval()
+        distributed.broadcast(self.buffers())  # the statistics of batch norms, which a checkpoint has from the writer
+        outputs = self._outputs()
+        y_true: dict[str, list[Tensor]] = {label: [] for label in outputs}
+        y_pred: dict[str, list[Tensor]] = {label: [] for label in outputs}
+        groups: list[Tensor] = []
+        scenarios: list[Tensor] = []
+        for batch in self._progress(data_generator, "evaluate"):
+            batch = self._on_device(batch)
+            predictions = self._accelerated_forward(batch)
+            # Copies: a column is a view of a buffer that all columns of its type share.
+            for label, output in outputs.items():
+                y_true[label].append(batch[label].flatten().clone())
+                y_pred[label].append(predictions[output].flatten())
+            if self.feature_map.group_id is not None:
+                groups.append(self.get_group_id(batch).flatten().clone())
+            if self._scenario is not None:
+                scenarios.append(batch[self._scenario].flatten().clone())
+        return Predictions(
+            {label: _gathered(parts, torch.float64) for label, parts in y_true.items()},
+            {label: _gathered(parts, torch.float64) for label, parts in y_pred.items()},
+            _gathered(groups) if groups else None,
+            _gathered(scenarios) if scenarios else None,
+        )
+
+    def _outputs(self) -> dict[str, str]:
+        """Names the prediction of each label that the model has one for."""
+        labels = self.feature_map.labels
+        if isinstance(self, MultiTaskModel):
+            return {label: f"{label}_pred" for label in labels}
+        return {labels[0]: "y_pred"}
+
+    def rows_per_second(self) -> dict[str, float]:
+        """Rates over all work since construction: ``train`` without evaluations, ``evaluate`` with its metrics."""
+        return {work: self._rows[work] / self._seconds[work] for work in self._rows}
+
+    # What outlasts the process
+
+    def save_weights(self, checkpoint: str | Path) -> None:
+        """Writes the weights, so that the file is whole at any time: the old ones or the new ones.
+
+        Raises:
+            OSError: If they cannot be written, for a full disk among others.
+        """
+        distributed.from_writer(lambda: weights.save(self, Path(checkpoint)))
+
+    def load_weights(self, checkpoint: str | Path) -> None:
+        """Loads weights that `save_weights` or FuxiCTR wrote.
+
+        Raises:
+            ValueError: If the file holds no weights, or those of another model or feature map; names the first few.
+        """
+        weights.load(self, checkpoint)
 
     def _is_resume_point(self) -> bool:
         periods = (self._evaluate_every, self._checkpoint_steps)
@@ -573,301 +700,7 @@ class Engine:
         data_generator.epoch, data_generator.start_batch = state["loader_epoch"], steps * self._gradient_accumulation
         logging.info("Resume after step %d, in epoch %d", self._total_steps, self._epoch_index + 1)
 
-    def eval_step(self) -> None:
-        """Evaluates on the validation data, saves the weights if they are the best, stops early if they stay worse."""
-        logging.info("Evaluation @epoch %d - step %d:", self._epoch_index + 1, self._total_steps)
-        logs, y_true = self._evaluate(self.valid_gen, self.validation_metrics)
-        record = {"step": self._total_steps, "epoch": self._epoch_index + 1, **logs}
-        self._add_point("valid", record)
-        if self.on_evaluation is not None:
-            self.on_evaluation(self.history["valid"])
-        if self._loss_weighting == "UW":
-            weights = torch.exp(-self.loss_log_variances.detach()).tolist()
-            listed = ", ".join(f"{label} {weight:.4f}" for label, weight in zip(self.feature_map.labels, weights))
-            logging.info("Loss weights: %s", listed)
-        self._check_monitored(logs, y_true)
-        best = self._best_metric
-        self.checkpoint_and_earlystop(logs)
-        if self._best_metric != best or not self._save_best_only:
-            self.restored = record
-        self.train()
-
-    def _check_monitored(self, logs: Mapping[str, float], y_true: Mapping[str, np.ndarray]) -> None:
-        """Raises unless all monitored metrics are numbers; FuxiCTR would take one that is not there for 0."""
-        names = self._monitor.get_metrics()
-        undefined = [name for name in names if not math.isfinite(logs.get(name, math.nan))]
-        if not undefined:
-            return
-        one_class = [label for label, values in y_true.items() if np.nanmin(values) == np.nanmax(values)]
-        reason = ""
-        if missing := [name for name in undefined if name not in logs]:
-            reason = f"these validation data have no {missing[0]}, the nearest is {nearest(missing[0], logs)}; "
-        elif one_class:
-            reason = f"the validation labels of {', '.join(one_class)} are all of one class; "
-        elif within := [name for name in undefined if f"@{self._scenario}" in name]:
-            reason = f"no scenario of {', '.join(within)} has both classes among its validation labels; "
-        raise TrainingError(
-            f"the monitored {' + '.join(names)} is nan at step {self._total_steps}: {reason}{OTHER_MONITOR}"
-        )
-
-    def evaluate(self, data_generator: Batches, metrics: Sequence[str] | None = None) -> dict[str, float]:
-        """Scores the predictions for some data.
-
-        Args:
-            data_generator: Batches.
-            metrics: Metric names; those of the configuration by default.
-
-        Returns:
-            Metric -> value, named as FuxiCTR does: with several labels ``<label>_<metric>`` for each, and their mean
-            as ``<metric>``. With a scenario, each label also has ``<metric>@<scenario>=<value>`` within each of its
-            values, nan where it is undefined, and their mean as ``<metric>@<scenario>``, which leaves out what is
-            undefined and the values unseen in training, ``<scenario>=unseen``. NE keeps the base rate of all rows.
-            Rows without a label are left out of its metrics if the data's ``may_be_missing`` has it.
-
-        Raises:
-            TrainingError: If a prediction is not a number.
-        """
-        return self._evaluate(data_generator, metrics or self.validation_metrics)[0]
-
-    def predict(self, data_generator: Batches) -> np.ndarray | dict[str, np.ndarray]:
-        """Predicts, in the order of the data.
-
-        Returns:
-            One value per row, ``(rows,)`` in float64; for a multi-task model a dict of those by label.
-        """
-        y_pred = self._collect(data_generator)[1]
-        return y_pred if isinstance(self, MultiTaskModel) else y_pred[self.feature_map.labels[0]]
-
-    def group_aucs(self, data_generator: Batches) -> dict[str, GroupAUCs] | None:
-        """Predicts, and gives for each label the AUC of the groups that gAUC is the mean of.
-
-        Returns:
-            Label -> its groups that have both classes; None if gAUC is not among the configured metrics.
-        """
-        if "gAUC" not in self.validation_metrics:
-            return None
-        y_true, y_pred, group_id, _ = self._collect(data_generator)
-        known = {label: ~np.isnan(values) for label, values in y_true.items()}
-        return {label: group_aucs(y_true[label][k], y_pred[label][k], group_id[k]) for label, k in known.items()}
-
-    def rows_per_second(self) -> dict[str, float]:
-        """Rates over all work since construction: ``train`` without evaluations, ``evaluate`` with its metrics."""
-        return {work: self._rows[work] / self._seconds[work] for work in self._rows}
-
-    def save_weights(self, checkpoint: str | Path) -> None:
-        """Writes the weights, so that the file is whole at any time: the old ones or the new ones.
-
-        Raises:
-            OSError: If they cannot be written, for a full disk among others.
-        """
-        distributed.from_writer(lambda: self._save_weights(Path(checkpoint)))
-
-    def _save_weights(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.tmp")
-        try:
-            torch.save(self.state_dict(), unfinished)
-            os.replace(unfinished, path)
-        except RuntimeError as error:  # what torch makes of a failed write
-            raise OSError(f"the checkpoint {path} cannot be written; is the disk full? {error}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-    def load_weights(self, checkpoint: str | Path) -> None:
-        """Loads weights that `save_weights` or FuxiCTR wrote.
-
-        Raises:
-            ValueError: If the file holds no weights, or those of another model or feature map; names the first few.
-        """
-        try:
-            weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{checkpoint} is not a file of model weights: {error}") from error
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        expected = {name: tuple(weight.shape) for name, weight in self.state_dict().items()}
-        differences = [
-            f"{name} is {shapes.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
-            for name in {**expected, **shapes}
-            if shapes.get(name) != expected.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"{checkpoint} does not fit {type(self).__name__} on data set {self.feature_map.dataset_id!r}; "
-                "the model's arguments or the feature map have changed since it was saved. "
-                f"{len(differences)} weights differ: {'; '.join(differences[:5])}"
-            )
-        self.load_state_dict(weights)
-
-    def _record_loss(self) -> None:
-        """Records the mean loss since the last call: the only point where every training loop waits for the device."""
-        if not self._step_rows:
-            return
-        losses = self._read_losses()
-        loss = sum(losses) / len(losses)
-        self._add_point("train", {"step": self._total_steps, "epoch": self._epoch_index + 1, "loss": loss})
-        logging.info("Train loss: %.6f @step %d", loss, self._total_steps)
-        self._step_rows.clear()
-
-    def _add_point(self, curve: str, point: dict[str, float]) -> None:
-        self.history[curve].append(point)
-        if self._events is not None:
-            self._events.add(curve, point)
-
-    def _read_losses(self) -> list[float]:
-        """Copies the losses since the last record from the device; raises TrainingError if one is not a number."""
-        losses = self._losses[: len(self._step_rows)].tolist()
-        for i, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                raise self._diverged(f"loss is {loss}", i, i)
-        return losses
-
-    def _diverged(self, what: str, first: int, last: int) -> TrainingError:
-        """Says where: in the ``first`` to the ``last`` of the steps since the loss was last recorded, from 0."""
-        step = self._total_steps - len(self._step_rows) + 1
-        row = self._epoch_rows - sum(self._step_rows[first:]) + 1
-        steps = f"at step {step + first}" if first == last else f"between steps {step + first} and {step + last}"
-        rows = f"rows {row} to {row + sum(self._step_rows[first : last + 1]) - 1} in its order"
-        return self._stopped(f"{what} {steps} (epoch {self._epoch_index + 1}, {rows})")
-
-    def _stopped(self, what: str) -> TrainingError:
-        """Adds what to do, and which weights are left."""
-        kept = f"; the best weights, of step {self.restored['step']}, are {self.checkpoint}" if self.restored else ""
-        return TrainingError(
-            f"the training {what}; lower learning_rate, or look for nan and extreme values in the features{kept}"
-        )
-
-    def _evaluate(
-        self, data_generator: Batches, metrics: Sequence[str]
-    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Scores as `evaluate` does and gives the labels as well."""
-        started = time.perf_counter()
-        rows = self._collect(data_generator)
-        y_true = rows[0]
-        logs = distributed.from_writer(lambda: self._score(*rows, data_generator, metrics))
-        self._rows["evaluate"] += len(next(iter(y_true.values())))
-        self._seconds["evaluate"] += time.perf_counter() - started
-        return logs, y_true
-
-    def _score(
-        self,
-        y_true: Mapping[str, np.ndarray],
-        y_pred: Mapping[str, np.ndarray],
-        group_id: np.ndarray | None,
-        scenario: np.ndarray | None,
-        data_generator: Batches,
-        metrics: Sequence[str],
-    ) -> dict[str, float]:
-        """Computes and logs the metrics of all labels."""
-        scenarios = {} if scenario is None else self._scenarios_in(scenario, data_generator)
-        scores = {}
-        for label in y_true:
-            if not np.isfinite(y_pred[label]).all():
-                raise TrainingError(f"the model predicts nan or inf for {label}; lower learning_rate")
-            may_be_missing = label in getattr(data_generator, "may_be_missing", ())
-            known = ~np.isnan(y_true[label]) if may_be_missing else slice(None)
-            rows = y_true[label][known], y_pred[label][known]
-            groups = None if group_id is None else group_id[known]
-            base_rate = self.base_rates[label] if self.base_rates else None
-            scores[label] = evaluate_metrics(*rows, metrics, groups, base_rate)
-            _log_metrics(label, scores[label])
-            if scenario is not None:
-                within = evaluate_metrics_within(*rows, scenario[known], metrics, groups, base_rate)
-                scores[label] |= self._name_scenarios(label, within, scenarios, metrics)
-        if len(scores) == 1:
-            return scores[label]
-        logs = {f"{label}_{name}": value for label, values in scores.items() for name, value in values.items()}
-        means = {name: float(np.mean([values[name] for values in scores.values()])) for name in scores[label]}
-        return {**logs, **means}
-
-    def _scenarios_in(self, scenario: np.ndarray, data_generator: Batches) -> dict[int, str]:
-        """Names the scenarios that occur, by id; says once for each data how many rows are of an unseen one."""
-        ids, counts = np.unique(scenario, return_counts=True)
-        rows = {self._scenario_names[i]: n for i, n in zip(ids.tolist(), counts) if i in self._scenario_names}
-        if UNSEEN in rows and id(data_generator) not in self._told_unseen:
-            self._told_unseen.add(id(data_generator))
-            logging.warning(
-                "%d of %d rows have an unknown %s (missing, rare or not in training); %s=%s is in no mean",
-                *(rows[UNSEEN], len(scenario), self._scenario, self._scenario, UNSEEN),
-            )
-        return {i: name for i, name in self._scenario_names.items() if name in rows}
-
-    def _name_scenarios(
-        self, label: str, within: Mapping[int, dict[str, float]], scenarios: Mapping[int, str], metrics: Sequence[str]
-    ) -> dict[str, float]:
-        """Names the metrics of a label within each scenario and adds their means over scenarios."""
-        undefined = dict.fromkeys(metrics, math.nan)  # of a scenario where no row has the label
-        by_name = {name: within.get(i, undefined) for i, name in scenarios.items()}
-        scores = {}
-        for number, (name, values) in enumerate(by_name.items()):
-            if number < MAX_LOGGED_SCENARIOS:
-                _log_metrics(f"{label}, {self._scenario}={name}", values)
-            scores |= {f"{metric}@{self._scenario}={name}": value for metric, value in values.items()}
-        for metric in metrics:
-            values = [values[metric] for name, values in by_name.items() if name != UNSEEN]
-            defined = [value for value in values if not math.isnan(value)]
-            scores[f"{metric}@{self._scenario}"] = float(np.mean(defined)) if defined else math.nan
-        return scores
-
-    @_in_precision
-    @torch.no_grad()
-    def _collect(
-        self, data_generator: Batches
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray | None, np.ndarray | None]:
-        """Gathers labels and predictions by label, float64, the group ids and the scenario ids.
-
-        Each leaves the device once.
-        """
-        self.eval()
-        distributed.broadcast(self.buffers())  # the statistics of batch norms, which a checkpoint has from the writer
-        outputs = self._outputs()
-        y_true: dict[str, list[Tensor]] = {label: [] for label in outputs}
-        y_pred: dict[str, list[Tensor]] = {label: [] for label in outputs}
-        groups: list[Tensor] = []
-        scenarios: list[Tensor] = []
-        for batch in self._progress(data_generator, "evaluate"):
-            batch = self._on_device(batch)
-            predictions = self._accelerated_forward(batch)
-            # Copies: a column is a view of a buffer that all columns of its type share.
-            for label, output in outputs.items():
-                y_true[label].append(batch[label].flatten().clone())
-                y_pred[label].append(predictions[output].flatten())
-            if self.feature_map.group_id is not None:
-                groups.append(self.get_group_id(batch).flatten().clone())
-            if self._scenario is not None:
-                scenarios.append(batch[self._scenario].flatten().clone())
-        return (
-            {label: _gathered(parts, torch.float64) for label, parts in y_true.items()},
-            {label: _gathered(parts, torch.float64) for label, parts in y_pred.items()},
-            _gathered(groups) if groups else None,
-            _gathered(scenarios) if scenarios else None,
-        )
-
-    def _outputs(self) -> dict[str, str]:
-        """Names the prediction of each label that the model has one for."""
-        labels = self.feature_map.labels
-        if isinstance(self, MultiTaskModel):
-            return {label: f"{label}_pred" for label in labels}
-        return {labels[0]: "y_pred"}
-
-    def _on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies what is computed with, all but meta columns; FuxiCTR's ``get_inputs`` would wait for every column."""
-        meta = {name for name, spec in self.feature_map.features.items() if spec["type"] == "meta"}
-        return {
-            name: values if name in meta else values.to(self.device, non_blocking=True)
-            for name, values in batch.items()
-        }
-
-    def _progress(self, data_generator: Batches, what: str) -> Batches:
-        """Shows the progress and the rate on a terminal, nothing in a log."""
-        shown = self._verbose and distributed.is_writer()
-        return tqdm(data_generator, what, unit="batch", leave=False, disable=None if shown else True)
-
 
 def _gathered(parts: Sequence[Tensor], dtype: torch.dtype | None = None) -> np.ndarray:
     """Concatenates what is on the device, and then what the processes have."""
     return np.concatenate(distributed.gather(torch.cat(parts).to(dtype).cpu().numpy()))
-
-
-def _log_metrics(task: str, values: Mapping[str, float]) -> None:
-    listed = " - ".join(f"{name}: {value:.6f}" for name, value in values.items())
-    logging.info("[Task: %s][Metrics] %s", task, listed)

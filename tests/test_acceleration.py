@@ -77,6 +77,19 @@ def test_tf32_is_set_while_the_engine_works(tmp_path):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_fp32_is_that_whatever_the_program_has_set(tmp_path):
+    model = build(SingleTask, tmp_path)
+    data, found = batches_of(model.feature_map, 2), []
+    model.mlp.register_forward_hook(lambda *_: found.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        model.fit(data)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(found) == {"highest"}
+
+
 @pytest.mark.parametrize("model_class", [SingleTask, TwoTasks])
 def test_bf16_is_for_matrix_products_alone(tmp_path, model_class):
     model = build(model_class, tmp_path, precision="bf16")

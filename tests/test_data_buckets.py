@@ -7,6 +7,7 @@ import flowctr  # noqa: F401  before fuxictr
 import numpy as np
 import pytest
 import torch
+from flowctr.acceleration import check_padding_invariance
 from flowctr.data import H5DataLoader
 from flowctr.data.format import H5Writer
 from flowctr.layers import masked_mean
@@ -124,10 +125,14 @@ def test_a_file_that_does_not_say_where_it_pads_is_refused(tmp_path):
 class Pooling(BaseModel):
     """Logistic regression on pooled embeddings; ``pool`` says how."""
 
-    def __init__(self, feature_map, pool="masked", model_id="Pooling", gpu=-1, learning_rate=0.01, **kwargs):
+    def __init__(self, feature_map, pool="masked", model_id="Pooling", gpu=-1, learning_rate=0.01, spread=1, **kwargs):
         super().__init__(feature_map, model_id=model_id, gpu=gpu, **kwargs)
         self.pool = pool
         self.tables = nn.ModuleDict({name: nn.Embedding(SPECS[name]["vocab_size"], 4) for name in ("hist", "tags")})
+        for table in self.tables.values():
+            nn.init.normal_(table.weight, std=spread)
+            nn.init.zeros_(table.weight[:1])
+        self.event = nn.Linear(4, 4)  # its bias is 0 at first
         self.linear = nn.Linear(8 if pool != "flat" else 4 * 27, 1)
         self.compile("adam", "binary_crossentropy", learning_rate)
         self.reset_parameters()
@@ -140,6 +145,8 @@ class Pooling(BaseModel):
             pooled = [masked_mean(e, x[name] != 0) for name, e in events.items()]
         elif self.pool == "mean":
             pooled = [e.mean(dim=1) for e in events.values()]
+        elif self.pool == "sum":
+            pooled = [self.event(e).sum(dim=1) for e in events.values()]
         else:
             pooled = [e.flatten(1) for e in events.values()]
         return {"y_pred": self.output_activation(self.linear(torch.cat(pooled, dim=-1)))}
@@ -175,14 +182,39 @@ def test_training_is_that_on_whole_sequences(tmp_path):
     assert cut.epoch == 2  # the check of the model took none
 
 
+@pytest.mark.parametrize("spread", [1, 1e-4, 1e3])  # FuxiCTR's tables start with 1e-4
 @pytest.mark.parametrize(
     "pool, message",
-    [("mean", "padding changes the predictions of Pooling by"), ("flat", "Pooling needs sequences of one length")],
+    [
+        ("mean", "padding changes the predictions of Pooling by"),
+        ("sum", "padding changes the predictions of Pooling by"),
+        ("flat", "Pooling needs sequences of one length"),
+    ],
 )
-def test_models_that_padding_matters_to_are_refused(tmp_path, pool, message):
+def test_models_that_padding_matters_to_are_refused(tmp_path, pool, message, spread):
     loader = make_loader(tmp_path)
     with pytest.raises(ValueError, match=f"bucket_by_length: {message}"):
-        build(loader, tmp_path, pool).fit(loader, epochs=1)
+        build(loader, tmp_path, pool, spread=spread).fit(loader, epochs=1)
+
+
+@pytest.mark.parametrize("spread", [1, 1e-4, 0])
+def test_the_check_leaves_weights_and_random_numbers_as_they_are(tmp_path, spread):
+    loader = make_loader(tmp_path)
+    model = build(loader, tmp_path, "masked", spread=spread)
+    weights, numbers = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    check_padding_invariance(model, loader)
+    assert torch.equal(torch.get_rng_state(), numbers) and loader.epoch == 0
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_the_check_finds_the_only_batch_that_is_cut(tmp_path):
+    loader = make_loader(tmp_path)
+    batches = list(map(loader.padded, loader))
+    short = {name: values[:, -9:] if name == "hist" else values for name, values in batches[-1].items()}
+    data = type("Data", (list,), {"epoch": 0, "start_batch": 0, "padded": loader.padded})([*batches[:-1], short])
+    with pytest.raises(ValueError, match="padding changes the predictions of Pooling"):
+        check_padding_invariance(build(loader, tmp_path, "mean"), data)
 
 
 def test_batches_of_different_lengths_are_not_joined(tmp_path):

@@ -263,6 +263,18 @@ def test_one_label_whose_test_is_its_validation(folder, src, monkeypatch):
     assert len(evaluated) == len(result["curves"]["valid"]) == 3
 
 
+def test_the_test_data_are_predicted_once_for_metrics_and_users(folder, src, monkeypatch):
+    collected, collect = [], Engine._collect
+    monkeypatch.setattr(Engine, "_collect", lambda *args: collected.append(args) or collect(*args))
+    path = experiment.run(folder / "config", "Toy_test", src)
+    result = json.loads(path.read_text())
+    assert len(collected) == len(result["curves"]["valid"]) + 1
+    with np.load(path.with_name(result["users"])) as users:
+        for label in ("click", "like"):
+            weighted = np.average(users[f"{label}__auc"], weights=users[f"{label}__rows"])
+            assert weighted == pytest.approx(result["metrics"]["test"][f"{label}_gAUC"], abs=1e-12)
+
+
 def test_the_same_seed_gives_the_same_result_and_another_another(folder, src):
     def run(seed):
         return json.loads(experiment.run(folder / "config", "Toy_test", src, overrides=[f"seed={seed}"]).read_text())

@@ -159,6 +159,19 @@ def test_a_scenario_that_is_no_categorical_column_is_refused(scenario, message):
         build(scenario=scenario)
 
 
+@pytest.mark.parametrize("option", ["num_sub_experts", "num_task_experts"])
+def test_counts_are_checked(option):
+    with pytest.raises(ValueError, match=f"^{option} must be a whole number of at least 1; got 0"):
+        build(**{option: 0})
+
+
+def test_a_column_without_a_value_that_training_has_seen_is_refused():
+    toy = feature_map()
+    toy.features["author"]["vocab_size"] = 2  # padding and what is unknown
+    with pytest.raises(ValueError, match="HiNet needs a column of scenarios; training has seen no value of 'author'"):
+        HiNet(toy, **{**MODEL_ARGUMENTS, **SMALL})
+
+
 def test_it_runs_on_data_with_scenarios(tmp_path):
     config = experiment.config.REPOSITORY / "model_zoo" / "HiNet" / "config"
     places = [f"model_root={tmp_path / 'checkpoints'}", f"data_root={tmp_path / 'built'}"]

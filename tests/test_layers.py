@@ -90,12 +90,15 @@ def test_rotary_products_depend_on_the_distance_only():
     assert product(3, 1) != pytest.approx(product(3, 2), abs=1e-3)
 
 
-@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("rotary", ["", "queries", "queries and tokens"])
 @pytest.mark.parametrize("num_queries", [1, 3, 4])  # few of them are computed in another order
 def test_attention_equals_a_loop(num_queries, rotary):
     attention = layers.MultiHeadAttention(D, H)
     queries, tokens, mask = torch.randn(B, num_queries, D), torch.randn(B, T, D), random_mask()
-    positions = (torch.arange(num_queries).expand(B, -1), torch.randint(0, 9, (B, T))) if rotary else (None, None)
+    positions = (
+        2 + torch.arange(num_queries).expand(B, -1) if "queries" in rotary else None,
+        torch.randint(0, 9, (B, T)) if "tokens" in rotary else None,
+    )
     out, weights = attention(queries, tokens, mask, *positions), attention.weights(queries, tokens, mask, *positions)
     width = D // H
     for row in range(B):
@@ -106,8 +109,9 @@ def test_attention_equals_a_loop(num_queries, rotary):
                 cut = slice(h * width, (h + 1) * width)
                 q = linear(attention.query, queries[row, n])[cut]
                 ks = {t: linear(attention.key, tokens[row, t])[cut] for t in keys}
-                if rotary:
+                if "queries" in rotary:
                     q = rotated(q, positions[0][row, n].item())
+                if "tokens" in rotary:
                     ks = {t: rotated(k, positions[1][row, t].item()) for t, k in ks.items()}
                 scores = {t: math.exp((q @ k).item() / math.sqrt(width)) for t, k in ks.items()}
                 total = sum(scores.values())

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from flowctr.acceleration import check_padding_invariance
 from fuxictr.pytorch.models import MultiTaskModel
+from torch import nn
 from toy import BEHAVIORS, MODEL_ARGUMENTS, WIDE_INITIALIZER, toy_batch, toy_feature_map
 
 ZOO = Path(__file__).parent.parent / "model_zoo"
@@ -68,6 +70,21 @@ def test_padding_does_not_matter(name):
     for max_len, padding in ((8, "pre"), (30, "post"), (30, "pre")):
         other = model(toy_batch(toy_feature_map(max_len=max_len), padding=padding))["y_pred"]
         torch.testing.assert_close(other, reference, atol=1e-5, rtol=0)
+
+
+class Buckets(list):
+    """Batches whose padding is cut off, as ``bucket_by_length`` gives them."""
+
+    epoch = start_batch = 0
+
+    def padded(self, batch):
+        sequences = [column for columns in BEHAVIORS.values() for column in columns]
+        return {**batch, **{column: nn.functional.pad(batch[column], (0, 10)) for column in sequences}}
+
+
+def test_batches_of_similar_length_are_as_good_as_whole_ones(name):
+    model = build(name, ("click", "like"), embedding_initializer="partial(nn.init.normal_, std=1e-4)")
+    check_padding_invariance(model, Buckets([toy_batch(toy_feature_map(("click", "like")), rows=64)]))
 
 
 def test_the_order_of_columns_in_a_batch_does_not_matter(name):

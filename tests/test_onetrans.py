@@ -248,8 +248,10 @@ def test_no_argument_is_left_untested():
     [
         ({"num_layers": 0}, "num_layers must be a whole number of at least 1; got 0"),
         ({"num_ns_tokens": 0}, "num_ns_tokens must be a whole number of at least 1; got 0"),
+        ({"token_dim": 0}, "token_dim must be a whole number of at least 1; got 0"),
         ({"num_heads": 3}, "num_heads must divide token_dim; got num_heads=3, token_dim=8"),
         ({"head": "mmoe"}, "head must be one of mlp, ple; got 'mmoe'"),
+        ({**PLE_HEAD, "ple_num_levels": 0}, "ple_num_levels must be a whole number of at least 1; got 0"),
         ({**PLE_HEAD, "ple_hidden_units": []}, "experts need at least one layer"),
     ],
 )

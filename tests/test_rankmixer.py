@@ -208,7 +208,7 @@ def test_no_argument_is_left_untested():
         ({"num_tokens": 4}, "num_tokens must divide token_dim; got num_tokens=4, token_dim=10"),
         ({"num_tokens": 10, "embedding_dim": 2}, "set num_tokens to 6 or raise embedding_dim"),
         ({"head": "mmoe"}, "head must be one of mlp, ple; got 'mmoe'"),
-        ({**PLE_HEAD, "ple_num_experts": 0}, "num_experts must be a whole number of at least 1; got 0"),
+        ({**PLE_HEAD, "ple_num_experts": 0}, "ple_num_experts must be a whole number of at least 1; got 0"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -114,5 +114,5 @@ def test_every_set_of_tables_starts_with_numbers_of_its_own():
 
 @pytest.mark.parametrize("option", ["num_layers", "num_shared_experts", "num_specific_experts"])
 def test_counts_are_checked(option):
-    with pytest.raises(ValueError, match="must be a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match=f"^{option} must be a whole number of at least 1; got 0"):
         build(**{option: 0})

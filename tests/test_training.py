@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from flowctr.acceleration import GraphedStep
+from flowctr.losses import KnownLoss
 from flowctr.metrics import evaluate_metrics
-from flowctr.training import GraphedStep, KnownLoss, TrainingError, accelerate
+from flowctr.training import TrainingError, accelerate
 from fuxictr.pytorch.layers import FeatureEmbedding, MLP_Block
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 from fuxictr.pytorch.torch_utils import seed_everything
@@ -416,6 +418,14 @@ def test_a_checkpoint_of_another_feature_map_is_refused(tmp_path):
     broken.write_bytes((tmp_path / "toy" / "runTrue.model").read_bytes()[:500])
     with pytest.raises(ValueError, match="is not a file of model weights"):
         model.load_weights(broken)
+
+
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path):
+    model = build(SingleTask, tmp_path)
+    for content in ({"weights": model.state_dict(), "epoch": 3}, torch.ones(2), []):
+        torch.save(content, tmp_path / "other")
+        with pytest.raises(ValueError, match="other is not a file of model weights"):
+            model.load_weights(tmp_path / "other")
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):

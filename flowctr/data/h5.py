@@ -53,8 +53,8 @@ class _Column:
         """The buffer of a packed batch that holds it."""
         return self.tensor_dtype, self.is_meta
 
-    def cut(self, length: int | None) -> slice:
-        """The steps of a sequence that are left when padding is cut off; other columns have none."""
+    def cut(self, length: int) -> slice:
+        """The steps of a sequence that are left when padding is cut off to a length."""
         return slice(-length, None) if self.padding == "pre" else slice(length)
 
     def cut_shape(self, length: int | None) -> tuple[int, ...]:

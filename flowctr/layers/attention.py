@@ -65,7 +65,8 @@ class MultiHeadAttention(nn.Module):
         """
         allowed = None if mask is None else _allowed(mask)
         dropout = self.dropout if self.training else 0.0
-        if token_positions is None and queries.shape[1] * self.num_heads < self.output_dim:
+        unrotated = query_positions is None and token_positions is None
+        if unrotated and queries.shape[1] * self.num_heads < self.output_dim:
             heads = self._read(self._split(self.query(queries)), tokens, allowed, dropout)
         else:
             q, k = self._queries_and_keys(queries, tokens, query_positions, token_positions)

@@ -14,7 +14,7 @@ def count_scenarios(feature_map: FeatureMap, scenario: str | None, model: str) -
         model: Name of the model that needs it, for the message.
 
     Raises:
-        ValueError: If the column is not a categorical one of the data.
+        ValueError: If the column is not a categorical one of the data, or training has seen none of its values.
     """
     spec = feature_map.features.get(scenario)
     if spec is None or spec["type"] != "categorical":
@@ -25,7 +25,13 @@ def count_scenarios(feature_map: FeatureMap, scenario: str | None, model: str) -
             f"{model} needs the column of scenarios, scenario: <a categorical column>; got {given}; data set "
             f"{feature_map.dataset_id!r} has {', '.join(columns) or 'none'}"
         )
-    return spec["vocab_size"] - 2
+    count = spec["vocab_size"] - 2
+    if count < 1:
+        raise ValueError(
+            f"{model} needs a column of scenarios; training has seen no value of {scenario!r} of data set "
+            f"{feature_map.dataset_id!r} often enough"
+        )
+    return count
 
 
 def own_scenario(ids: Tensor, num_scenarios: int) -> Tensor:

@@ -11,7 +11,16 @@ Differs from the paper:
 """
 
 import torch
-from flowctr.layers import PLE, ExpertGate, Experts, FeatureTokens, TaskHeads, count_scenarios, own_scenario
+from flowctr.layers import (
+    PLE,
+    ExpertGate,
+    Experts,
+    FeatureTokens,
+    TaskHeads,
+    check_positive,
+    count_scenarios,
+    own_scenario,
+)
 from fuxictr.pytorch.models import MultiTaskModel
 from torch import nn
 
@@ -42,7 +51,7 @@ class HiNet(MultiTaskModel):
         **kwargs: Arguments of ``MultiTaskModel`` and ``BaseModel``.
 
     Raises:
-        ValueError: If ``scenario`` is no categorical column of the data.
+        ValueError: If a count is below one, or ``scenario`` is no categorical column of the data.
     """
 
     def __init__(
@@ -71,6 +80,7 @@ class HiNet(MultiTaskModel):
     ):
         num_tasks = kwargs["num_tasks"] = len(feature_map.labels)
         super().__init__(feature_map, model_id=model_id, gpu=gpu, task=task, **kwargs)
+        check_positive(num_sub_experts=num_sub_experts, num_task_experts=num_task_experts)
         layers = {"activation": activation, "dropout": net_dropout, "batch_norm": batch_norm}
         self.scenario = scenario
         self.num_scenarios = count_scenarios(feature_map, scenario, "HiNet")

@@ -94,9 +94,9 @@ class OneTrans(MultiTaskModel):
         kwargs["num_tasks"] = len(feature_map.labels)
         super().__init__(feature_map, model_id=model_id, gpu=gpu, task=task, **kwargs)
         check_options(head=(head, HEADS))
-        check_positive(
-            num_layers=num_layers, num_ns_tokens=num_ns_tokens, num_heads=num_heads, ffn_expansion=ffn_expansion
-        )
+        check_positive(num_layers=num_layers, num_ns_tokens=num_ns_tokens, token_dim=token_dim)
+        check_positive(num_heads=num_heads, ffn_expansion=ffn_expansion)
+        check_positive(ple_num_levels=ple_num_levels, ple_num_experts=ple_num_experts)
         if token_dim % num_heads:
             raise ValueError(f"num_heads must divide token_dim; got num_heads={num_heads}, token_dim={token_dim}")
         self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)

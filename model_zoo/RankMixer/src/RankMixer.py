@@ -88,6 +88,7 @@ class RankMixer(MultiTaskModel):
         super().__init__(feature_map, model_id=model_id, gpu=gpu, task=task, **kwargs)
         check_options(head=(head, HEADS))
         check_positive(num_layers=num_layers, num_tokens=num_tokens, token_dim=token_dim, ffn_expansion=ffn_expansion)
+        check_positive(ple_num_levels=ple_num_levels, ple_num_experts=ple_num_experts)
         if token_dim % num_tokens:
             raise ValueError(f"num_tokens must divide token_dim; got num_tokens={num_tokens}, token_dim={token_dim}")
         self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)

@@ -67,7 +67,8 @@ class STEM(MultiTaskModel):
     ):
         num_tasks = kwargs["num_tasks"] = len(feature_map.labels)
         super().__init__(feature_map, model_id=model_id, gpu=gpu, task=task, **kwargs)
-        check_positive(num_layers=num_layers)
+        check_positive(num_layers=num_layers, num_shared_experts=num_shared_experts)
+        check_positive(num_specific_experts=num_specific_experts)
         self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
         self.task_tokens = nn.ModuleList(
             FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer) for _ in range(num_tasks)
