@@ -4,6 +4,7 @@ What cannot be read is a `Finding` too, so that one bad file hides no other.
 """
 
 import csv
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ SAME_DATA, REPEATED, UNKNOWN_RUN = "validation is test", "repeated run", "run of
 NOTICES = (SAME_DATA, REPEATED, UNKNOWN_RUN)  # nobody has to mend them
 KINDS = (MISSING, UNREADABLE, EXPID, LINK, NUMBERS, VERSION, COLLISION, *NOTICES)
 
-NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
+NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d{1,3})?|nan|inf)"
 LOGGED = re.compile(r"(?:\[Task: (?P<task>.+?)(?:, (?P<scenario>.+))?\])?\[Metrics\] (?P<metrics>.*)")
 _METRIC = re.compile(rf"(?:^| - )(.+?): ({NUMBER})(?= - |\s*$)")  # "-" alone separates nothing: 1e-05 has one
 _FIELD = re.compile(r",?\[(command|exp_id|dataset_id|train|val|test)\] ?")
@@ -82,18 +83,24 @@ class Submission:
     Attributes:
         folder: Its folder.
         readme: Lines of the README.
+        environments: Lines of environments.txt.
         results: Lines of results.csv.
         tuner_lines: Lines of the search's csv.
         log: Path of the log.
+        log_lines: Its lines.
+        leaderboard: Rows of leaderboard.csv, each with its line.
         datasets: Entries of dataset_config.yaml, each with the path of the file.
         experiments: Entries of model_config.yaml, each with the path of the file.
     """
 
     folder: Path
     readme: list[str]
+    environments: list[str]
     results: list[ResultLine]
     tuner_lines: list[ResultLine]
     log: Path | None
+    log_lines: list[str]
+    leaderboard: list[tuple[int, dict[str, str]]]
     datasets: list[tuple[Path, Entry]]
     experiments: list[tuple[Path, Entry]]
 
@@ -107,20 +114,21 @@ def read_submission(folder: Path, findings: list[Finding]) -> Submission:
     """Reads a submission; what cannot be read is added to the findings."""
     tuner_csvs = [path for path in sorted(folder.glob("*.csv")) if path.name not in (RESULTS, LEADERBOARD)]
     datasets, experiments = (
-        [
-            (config / name, entry)
-            for config in config_folders(folder)
-            if (config / name).is_file()
-            for entry in _read_yaml(config / name, findings)
-        ]
+        [(config / name, entry) for config in config_folders(folder) for entry in _read_yaml(config / name, findings)]
         for name in (DATASET_CONFIG, MODEL_CONFIG)
     )
+    log = next(iter(sorted(folder.glob("*.log"))), None)
+    for path in folder.glob("*_config*.yaml"):
+        read_lines(path, findings)  # nothing is compared with it, but it has to be there
     return Submission(
         folder,
-        readme=read_lines(folder / README),
+        readme=read_lines(folder / README, findings),
+        environments=read_lines(folder / ENVIRONMENTS, findings),
         results=read_results(folder / RESULTS, findings),
         tuner_lines=[line for path in tuner_csvs for line in read_results(path, findings)],
-        log=next(iter(sorted(folder.glob("*.log"))), None),
+        log=log,
+        log_lines=read_lines(log, findings) if log else [],
+        leaderboard=read_leaderboard(folder / LEADERBOARD, findings),
         datasets=datasets,
         experiments=experiments,
     )
@@ -128,21 +136,41 @@ def read_submission(folder: Path, findings: list[Finding]) -> Submission:
 
 def config_folders(folder: Path) -> list[Path]:
     """Lists the folders of a submission that hold a search's configuration; there should be one."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and "_config" in path.name)
+    return sorted(path for path in folder.iterdir() if os.path.isdir(path) and "_config" in path.name)
 
 
-def read_lines(path: Path) -> list[str]:
+def is_there(path: Path) -> bool:
+    """Says whether there is a file; also of one in a folder that may not be entered, which reading it will tell."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
+
+
+def read_lines(path: Path, findings: list[Finding]) -> list[str]:
     """Reads the lines of a text file, none of one that is not there."""
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    if not is_there(path):
+        return []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        findings.append(Finding(path, 1, UNREADABLE, f"this cannot be read: {error.strerror}"))
+        return []
+    if not text.strip():
+        findings.append(Finding(path, 1, UNREADABLE, "this file is empty"))
+        return []
+    return text.splitlines()
 
 
 def read_results(path: Path, findings: list[Finding]) -> list[ResultLine]:
     """Reads a csv in FuxiCTR's result format; lines in another format are added to the findings."""
     lines = []
-    for number, text in enumerate(read_lines(path), start=1):
+    for number, text in enumerate(read_lines(path, findings), start=1):
         start, *pieces = _FIELD.split(text)
         fields = dict(zip(pieces[::2], pieces[1::2]))
         valid, test = (parse_metrics(fields.get(split, "")) for split in ("val", "test"))
+        if damaged := next(filter(None, (_no_metric(fields.get(split, "")) for split in ("val", "test"))), None):
+            findings.append(Finding(path, number, UNREADABLE, f"this is no metric: {damaged[:60]!r}"))
         if fields.get("exp_id") and test:
             lines.append(ResultLine(path, number, fields["exp_id"].strip(), valid, test))
         elif text.strip(" ,"):  # a spreadsheet writes rows of commas alone
@@ -154,6 +182,12 @@ def read_results(path: Path, findings: list[Finding]) -> list[ResultLine]:
 def parse_metrics(text: str) -> dict[str, str]:
     """Reads metrics as FuxiCTR writes them: ``AUC: 0.7 - logloss: 1e-05``."""
     return dict(_METRIC.findall(text.strip()))
+
+
+def _no_metric(text: str) -> str:
+    """Gives what is left of metrics, or joined to the name of the next one, where a number cannot be read."""
+    left = _METRIC.sub("", text.strip()).strip(" -,")
+    return next((name for name in parse_metrics(text) if re.search(r": .* - ", name)), "" if left == "N.A." else left)
 
 
 def read_evaluations(lines: Sequence[str]) -> list[Evaluation]:
@@ -208,11 +242,18 @@ def read_results_table(readme: Sequence[str]) -> list[tuple[int, list[str]]]:
     return [*rows[:1], *rows[2:]]
 
 
-def read_leaderboard(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Reads the rows of a leaderboard with their lines."""
+def read_leaderboard(path: Path, findings: list[Finding]) -> list[tuple[int, dict[str, str]]]:
+    """Reads the rows of a leaderboard with their lines; cells that a row lacks are empty."""
+    if not read_lines(path, findings):
+        return []
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
-        return [(reader.line_num, row) for row in reader]
+        reader = csv.DictReader(file, restval="")
+        rows = []
+        try:
+            rows += ((reader.line_num, row) for row in reader)
+        except csv.Error as error:
+            findings.append(Finding(path, reader.line_num + 1, UNREADABLE, f"this is no csv: {error}"))
+        return rows
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -226,7 +267,10 @@ _Loader.add_constructor(
 
 def _read_yaml(path: Path, findings: list[Finding]) -> list[Entry]:
     """Reads a mapping of ids to settings, also an id that is given twice."""
-    loader = _Loader("\n".join(read_lines(path)))
+    lines = read_lines(path, findings)
+    if not lines:
+        return []
+    loader = _Loader("\n".join(lines))
     try:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
@@ -244,6 +288,9 @@ def _read_yaml(path: Path, findings: list[Finding]) -> list[Entry]:
 
 def _entry(loader: yaml.SafeLoader, key: yaml.Node, value: yaml.Node) -> Entry:
     is_mapping = isinstance(value, yaml.MappingNode)
-    lines = {name.value: name.start_mark.line + 1 for name, _ in value.value} if is_mapping else {}
-    settings = loader.construct_object(value, deep=True) if is_mapping else {}
+    lines = {str(name.value): name.start_mark.line + 1 for name, _ in value.value} if is_mapping else {}
+    try:
+        settings = loader.construct_object(value, deep=True) if is_mapping else {}
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # of a date like 2020-13-45, or !!bool maybe
+        raise yaml.constructor.ConstructorError(None, None, f"{error} in a value", value.start_mark) from error
     return Entry(str(key.value), key.start_mark.line + 1, settings, lines)

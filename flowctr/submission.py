@@ -27,7 +27,8 @@ from flowctr.config import DATASET_KEYS, DATASET_PATHS, DEFAULTS, REPOSITORY
 from flowctr.datasets import DATASETS
 from flowctr.experiment import result_line
 from flowctr.results import read_result
-from flowctr.tuning.outcome import ranked
+from flowctr.tuning.outcome import check_results, ranked
+from flowctr.tuning.search import locked
 from flowctr.tuning.space import Trial, known_trials, write_configs
 from flowctr.validation import check_submission
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -90,12 +91,15 @@ def submit(what: str, out: str | Path, author: str | None = None, url: str | Non
 
     Raises:
         FileNotFoundError: If there is no such search, no result, or no log.
+        RunningError: If the search is running.
         ValueError: If the folder exists, the search is not finished, a result is of another format or lacks what a
-            submission needs, there is no author, or log and result disagree.
+            submission needs, there is no author, the author's page is no URL, or ledger, log and result disagree.
     """
     out = Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; name another folder with --out, or remove it")
+    if url is not None and not re.fullmatch(r"https?://[^\s()]+", url):
+        raise ValueError(f"--url must be the address of a page, such as https://github.com/NAME; got {url!r}")
     author = author or _git_user()
     material = _of_search(Path(what)) if what.endswith((".yaml", ".yml")) else _of_experiment(what)
     log = _read_log(material.best)
@@ -127,7 +131,8 @@ def _of_search(path: Path) -> _Material:
     ledger_path = space.folder / "ledger.jsonl"
     if not ledger_path.is_file():
         raise FileNotFoundError(f"there is no {ledger_path}: the search has not run; flowctr tune {path}")
-    trials, ledger = known_trials(space), tuning.Ledger(ledger_path, space)
+    with locked(space.folder):  # reading a ledger mends its last line
+        trials, ledger = known_trials(space), tuning.Ledger(ledger_path, space)
     states = {f"{run['trial']}, seed {run['seed']}": run["state"] for run in ledger.runs.values()}
     ran = {run["trial"] for run in ledger.runs.values()}
     states |= {trial.expid: "not started" for trial in trials if trial.expid not in ran}
@@ -136,13 +141,15 @@ def _of_search(path: Path) -> _Material:
     if unfinished or not best:
         listed = "\n".join(f"  - {line}" for line in unfinished or ["no trial has finished"])
         raise ValueError(f"the search {path} is not finished:\n{listed}\ngo on with: flowctr tune {path}")
+    check_results(ledger, ledger.of_state("finished"), space)
     own = [run for run in ledger.of_state("finished") if run["trial"] == best[0]["trial"]]
     own.sort(key=lambda run: run["seed"] != best[0]["seed"])  # the trial's own comes first
     table = space.path.with_suffix(".csv")
     if not table.is_file():
         raise FileNotFoundError(f"there is no {table}, which a finished search writes; flowctr tune {path}")
+    name = space.folder.name
     return _Material(
-        stem=space.folder.name,
+        stem=name if "_config" in name else f"{name}_tuner_config_01",  # by which BARS' folders are known
         results=[_complete(space.folder / run["result"]) for run in own],
         trials=[replace(trial, dataset=_located(trial.dataset, space.path.parent)) for trial in trials],
         tuner_yaml=space.path.read_text(encoding="utf-8"),

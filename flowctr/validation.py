@@ -33,6 +33,7 @@ from flowctr.bars import (
     RESULTS,
     SAME_DATA,
     UNKNOWN_RUN,
+    UNREADABLE,
     VERSION,
     Entry,
     Evaluation,
@@ -48,6 +49,7 @@ from rich.table import Table
 _COMMAND = re.compile(r"(?:run_expid\.py|flowctr run)\b.*--expid[ =](?P<expid>\S+)")
 _CONFIG_OPTION = re.compile(r"--config[ =](?P<path>\S+)")
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)")
+_SCHEME = re.compile(r"[a-zA-Z][\w+.-]+:")  # of https://..., mailto:... or data:...
 _BARS_PATH = re.compile(r"https?://github\.com/reczoo/BARS/(?:tree|blob)/main/(?P<path>[^#?]+)")
 _FUXICTR = re.compile(r"fuxictr: \d+\.\d+\.\d+\S*")
 _HASH = re.compile(r"_\d+_(?P<hash>[0-9a-f]{8,})$")
@@ -66,8 +68,8 @@ def validate(paths: Iterable[Path], console: Console | None = None) -> tuple[lis
     Raises:
         FileNotFoundError: If a path is no folder, or has neither a submission nor a leaderboard.
     """
-    targets = list(dict.fromkeys(target for path in paths for target in _find(Path(path))))
     findings: list[Finding] = []
+    targets = list(dict.fromkeys(target for path in paths for target in _find(Path(path), findings)))
     for target in track(targets, "checking", console=console, disable=console is None, transient=True):
         findings += check_submission(target) if target.is_dir() else check_leaderboard(target)
     return targets, sorted(set(findings))
@@ -128,12 +130,12 @@ def check_leaderboard(path: Path) -> list[Finding]:
     """
     findings: list[Finding] = []
     root = _checkout(path)
-    for line, row in bars.read_leaderboard(path):
-        link = _BARS_PATH.match(row.get("Running Steps") or "")
+    for line, row in bars.read_leaderboard(path, findings):
+        link = _BARS_PATH.match(row.get("Running Steps", ""))
         if root is None or link is None:
             continue
         folder = root / unquote(link["path"])
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             findings.append(Finding(path, line, LINK, f"{row['Model']}: there is no folder {link['path']}"))
         else:
             findings += _row_differences(path, line, row, bars.read_results(folder / RESULTS, []))
@@ -143,34 +145,41 @@ def check_leaderboard(path: Path) -> list[Finding]:
 # Which folders, which files
 
 
-def _find(path: Path) -> list[Path]:
-    """Lists the submissions in a folder, and the leaderboards that are not part of one."""
+def _find(path: Path, findings: list[Finding]) -> list[Path]:
+    """Lists the submissions in a folder, and the leaderboards that are not part of one; adds folders without access."""
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
+
+    def tell(error: OSError) -> None:
+        findings.append(Finding(Path(error.filename), 1, UNREADABLE, f"this cannot be read: {error.strerror}"))
+
     found = []
-    for name, folders, files in os.walk(path):
+    for name, folders, files in os.walk(path, onerror=tell):
         folder = Path(name)
         folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         if {ENVIRONMENTS, RESULTS} & set(files):
             found.append(folder)
             folders.clear()
         else:
-            found += [
-                folder / file for file in sorted(files) if file.endswith(".csv") and _is_leaderboard(folder / file)
-            ]
+            tables = (folder / file for file in sorted(files) if file.endswith(".csv"))
+            found += [table for table in tables if bars.is_there(table) and _is_leaderboard(table, tell)]
     if not any(target.is_dir() for target in found) and any(path.glob("*_config*")):
         found = [path]  # a submission that lacks both
-    if not found:
+    if not found and not findings:
         raise FileNotFoundError(
             f"there is no submission in {path}, no folder with {ENVIRONMENTS} or {RESULTS}, and no leaderboard"
         )
     return found
 
 
-def _is_leaderboard(path: Path) -> bool:
+def _is_leaderboard(path: Path, tell: Callable[[OSError], None]) -> bool:
     """Says whether a csv ranks CTR models; BARS has leaderboards of recall too, which are of another kind."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        columns = file.readline().strip().split(",")
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            columns = file.readline().strip().split(",")
+    except OSError as error:
+        tell(error)
+        return False
     return {"Model", "AUC", "Running Steps"} <= set(columns)
 
 
@@ -180,7 +189,8 @@ def _checkout(path: Path) -> Path | None:
 
 
 def _target_of(finding: Finding, targets: Iterable[Path]) -> Path:
-    return next(target for target in targets if finding.path == target or target in finding.path.parents)
+    around = (finding.path, *finding.path.parents)
+    return next((target for target in targets if target in around), finding.path)
 
 
 # Checks of a submission
@@ -194,20 +204,20 @@ def _check_files(submission: Submission) -> Iterator[Finding]:
     expected.append(submission.log or folder / f"{expid}.log")
     for config in configs or [folder / f"{folder.name}_tuner_config_01"]:
         expected += [config / DATASET_CONFIG, config / MODEL_CONFIG]
-        if not (folder / "run_expid.py").is_file():  # the layout before FuxiCTR 2, which came without the search
+        if not bars.is_there(folder / "run_expid.py"):  # the layout before FuxiCTR 2, which came without the search
             expected += [config.with_name(config.name + suffix) for suffix in (".yaml", ".csv")]
     for path in expected:
-        if not path.is_file():
+        if not bars.is_there(path):
             yield Finding(path, 1, MISSING, "this file is missing")
 
 
 def _check_environments(submission: Submission) -> Iterator[Finding]:
     """The last line says with which version of FuxiCTR to reproduce the result."""
     path = submission.folder / ENVIRONMENTS
-    lines = [(number, line.strip()) for number, line in enumerate(bars.read_lines(path), start=1) if line.strip()]
-    number, last = lines[-1] if lines else (1, "")
-    if path.is_file() and not _FUXICTR.fullmatch(last):
-        yield Finding(path, number, VERSION, f"the last line must be 'fuxictr: X.Y.Z'; it is {last[:20]!r}")
+    lines = [(number, line.strip()) for number, line in enumerate(submission.environments, start=1) if line.strip()]
+    for number, last in lines[-1:]:
+        if not _FUXICTR.fullmatch(last):
+            yield Finding(path, number, VERSION, f"the last line must be 'fuxictr: X.Y.Z'; it is {last[:20]!r}")
 
 
 def _check_commands(submission: Submission) -> Iterator[Finding]:
@@ -228,10 +238,10 @@ def _check_commands(submission: Submission) -> Iterator[Finding]:
             yield Finding(
                 path, number, EXPID, f"--expid {expid} is not in {source}; the nearest is {nearest(expid, known)}"
             )
-        elif log and not (submission.folder / f"{expid}.log").is_file():
+        elif log and not os.path.isfile(submission.folder / f"{expid}.log"):
             yield Finding(path, number, EXPID, f"--expid {expid} is not the experiment of the log {log.name}")
         config = _CONFIG_OPTION.search(line)
-        if config and not (submission.folder / Path(config["path"]).name).is_dir():
+        if config and not os.path.isdir(submission.folder / Path(config["path"]).name):
             yield Finding(path, number, LINK, f"--config {config['path']}: there is no such folder here")
 
 
@@ -244,9 +254,9 @@ def _check_links(submission: Submission) -> Iterator[Finding]:
             if target.startswith("#"):
                 is_alive = target[1:].lower() in headings
             elif in_bars:
-                is_alive = root is None or (root / unquote(in_bars["path"])).exists()
+                is_alive = root is None or os.path.exists(root / unquote(in_bars["path"]))
             else:
-                is_alive = "://" in target.split("(")[0] or (folder / unquote(target.partition("#")[0])).exists()
+                is_alive = bool(_SCHEME.match(target)) or os.path.exists(folder / unquote(target.partition("#")[0]))
             if not is_alive:
                 yield Finding(path, number, LINK, f"there is no {target}")
 
@@ -274,13 +284,12 @@ def _check_results_table(submission: Submission) -> Iterator[Finding]:
 
 def _check_log(submission: Submission) -> Iterator[Finding]:
     """The log ends with the metrics of a result, and the README's copy of the log has the same metrics."""
-    log, path = submission.log, submission.folder / README
-    if log is None:
+    log, lines, path = submission.log, submission.log_lines, submission.folder / README
+    if not lines:
         return
-    lines = bars.read_lines(log)
     evaluations = bars.read_evaluations(lines)
     if not evaluations:
-        yield Finding(log, len(lines) or 1, NUMBERS, "this log has no [Metrics]: it is not of a whole run")
+        yield Finding(log, len(lines), NUMBERS, "this log has no [Metrics]: it is not of a whole run")
         return
     own = [run for run in submission.results if run.expid == log.stem]
     yield from _unless_one_agrees(_log_differences(log, lines, evaluations, run) for run in own or submission.results)
@@ -339,7 +348,7 @@ def _check_experiment_ids(submission: Submission) -> Iterator[Finding]:
     for path, entry in submission.experiments:
         earlier = first.setdefault(_hash_of(entry.id), entry)
         keys = {**earlier.settings, **entry.settings}.keys() - {"gpu", "model_id"}
-        differing = sorted(key for key in keys if earlier.settings.get(key) != entry.settings.get(key))
+        differing = sorted(str(key) for key in keys if earlier.settings.get(key) != entry.settings.get(key))
         message = ""
         if earlier is not entry and earlier.id == entry.id:
             message = f"{entry.id} is given twice, first in line {earlier.line}; only the last one counts"
@@ -392,8 +401,8 @@ def _check_row(submission: Submission) -> Iterator[Finding]:
     """The row for a leaderboard links to the folder's place in BARS, which has the name of the README's title."""
     path = submission.folder / LEADERBOARD
     title = next((line.strip("# ") for line in submission.readme if line.startswith("#")), submission.folder.name)
-    for line, row in bars.read_leaderboard(path) if path.is_file() else ():
-        link = row.get("Running Steps") or ""
+    for line, row in submission.leaderboard:
+        link = row.get("Running Steps", "")
         if Path(unquote(link)).name != title:
             yield Finding(path, line, LINK, f"'Running Steps' must end in the folder {title}; it is {link!r}")
         yield from _row_differences(path, line, row, submission.results)

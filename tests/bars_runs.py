@@ -70,6 +70,7 @@ def write_run(folder: Path, expid: str = "InterFormer_test", seed: int = 2025, v
         "config": portable(params),
         "labels": LABELS,
         "metrics": {"valid": valid, "test": test},
+        "curves": {"train": [], "valid": []},
         "hardware": {"cpu": "A CPU", "gpu": None, "memory_bytes": 8 * 2**30},
         "versions": {
             "python": "3.11.7",
@@ -92,9 +93,9 @@ def write_run(folder: Path, expid: str = "InterFormer_test", seed: int = 2025, v
     return path
 
 
-def write_search(folder: Path, seeds: int = 1) -> Path:
+def write_search(folder: Path, seeds: int = 1, name: str = "InterFormer_toy_tuner_config_01") -> Path:
     """Writes a finished search of three trials, of which the second is the best; it has run with ``seeds`` seeds."""
-    path = folder / "config" / "InterFormer_toy_tuner_config_01.yaml"
+    path = folder / "config" / f"{name}.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(
         f"base_config: {INTERFORMER}\n"

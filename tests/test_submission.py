@@ -9,7 +9,9 @@ import bars_runs
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock
 from flowctr import bars, cli, config, experiment, validation
+from flowctr.experiment import RunningError
 from flowctr.submission import submit
 from typer.testing import CliRunner
 
@@ -129,6 +131,41 @@ def test_an_unfinished_search_is_refused(tmp_path, state):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_search_that_runs_is_refused_and_its_ledger_left_alone(tmp_path):
+    path = bars_runs.write_search(tmp_path / "model")
+    ledger = path.with_suffix("") / "ledger.jsonl"
+    ledger.write_text(ledger.read_text()[:-9])  # the search is writing a line
+    content = ledger.read_text()
+    with FileLock(path.with_suffix("") / ".ledger.lock"):
+        with pytest.raises(RunningError, match="another search is running"):
+            submit(str(path), tmp_path / "out", "Ada L")
+    assert ledger.read_text() == content
+
+
+def test_a_ledger_that_was_edited_is_refused(tmp_path):
+    path = bars_runs.write_search(tmp_path / "model")
+    ledger = path.with_suffix("") / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"value": 1.', '"value": 1.9', 1))
+    with pytest.raises(ValueError, match=r"is not as in its result .*: value; put the line back"):
+        submit(str(path), tmp_path / "out", "Ada L")
+
+
+def test_a_search_of_any_name_is_submitted_under_a_name_that_bars_knows(tmp_path):
+    path = bars_runs.write_search(tmp_path / "model", name="mine")
+    written = submit(str(path), tmp_path / "out", "Ada L")
+    assert {name for name in files_of(written) if "mine" in name} == {
+        *("mine_tuner_config_01.csv", "mine_tuner_config_01.yaml"),
+        *("mine_tuner_config_01/dataset_config.yaml", "mine_tuner_config_01/model_config.yaml"),
+    }
+    assert findings_of(written) == []
+
+
+@pytest.mark.parametrize("url", ["", "ada.example", "https://ada.example/(x)"])
+def test_a_page_of_the_author_that_is_no_address_is_refused(tmp_path, url):
+    with pytest.raises(ValueError, match="--url must be the address of a page"):
+        submit(str(bars_runs.write_run(tmp_path)), tmp_path / "out", "Ada L", url)
+
+
 def test_a_search_that_has_not_run_is_refused(tmp_path):
     path = bars_runs.write_search(tmp_path / "model")
     (path.with_suffix("") / "ledger.jsonl").unlink()
@@ -242,7 +279,7 @@ def test_a_real_run_is_submitted(tmp_path):
     assert run.test == {name: f"{value:.6f}" for name, value in test.items()}
     (_, header), (_, cells) = bars.read_results_table((written / "README.md").read_text().splitlines())
     assert cells == [f"{test[name]:.6f}" for name in header]  # one run: no mean
-    log = bars.read_lines(written / "InterFormer_test.log")
+    log = bars.read_lines(written / "InterFormer_test.log", [])
     assert len(bars.read_evaluations(log)) == 2
 
 

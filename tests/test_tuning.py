@@ -247,11 +247,21 @@ def test_the_value_that_ranks_is_the_monitored_one(folder):
         (None, {"tuner_spcae": 1}, "unknown key 'tuner_spcae'; the nearest is 'tuner_space'"),
         (None, {"base_config": "nowhere"}, "'base_config': there is no folder"),
         (None, {"dataset_config": {"other": {}}}, "'dataset_config' has no entry 'tiny'; it holds other"),
+        (None, {"dataset_config": 5}, "'dataset_config' must map ids to settings; got 5"),
+        (None, {"base_config": 5}, "'base_config' must be a text; got 5"),
+        (None, {"base_expid": ["DOT_small"]}, "'base_expid' must be a text; got ['DOT_small']"),
+        (None, {"dataset_id": {"tiny": 1}}, "'dataset_id' must be a text; got {'tiny': 1}"),
     ],
 )
 def test_a_wrong_space_is_refused(folder, values, others, message):
     with pytest.raises(config.ConfigError, match=re.escape(message)):
         a_space(folder, values, **others)
+
+
+def test_a_yaml_whose_name_would_be_its_folders_is_refused(folder):
+    path = write_space(folder)
+    with pytest.raises(config.ConfigError, match=r"config/tuner must end in \.yaml"):
+        read_space(path.rename(path.with_suffix("")))
 
 
 def test_all_mistakes_of_a_space_come_in_one_message(folder):
@@ -365,7 +375,9 @@ def test_a_ledger_cut_anywhere_in_its_last_line_goes_on(folder, caplog):
         (lambda line: line.replace("started", "begun"), "'state' must be one of started, finished, pruned, failed"),
         (lambda line: line.replace('"attempts": 1', '"attempts": true'), "'attempts' is missing or of a wrong type"),
         (lambda line: line.replace('"embedding_dim": 4', '"embedding_dim": 8'), "has the settings {"),
-        (lambda line: line.replace("started", "finished"), "'seconds' is missing or of a wrong type; got None"),
+        (lambda line: line.replace("2030-01-01T", "tomorrow "), "'time' is no date and time; got 'tomorrow 00:00:00'"),
+        (lambda line: line.replace("started", "finished"), "'exit_code' is missing or of a wrong type; got None"),
+        (lambda line: line.replace("started", "failed"), "'exit_code' is missing or of a wrong type; got None"),
     ],
 )
 def test_a_ledger_edited_by_hand_is_refused_with_its_line(folder, edit, message):
@@ -440,6 +452,18 @@ def test_optuna_tries_all_of_a_small_space_and_minimises_if_asked(folder):
     assert strategy._study(ledger).best_value == 4
 
 
+def test_optuna_knows_tuples_again_after_they_have_been_in_the_ledger(folder):
+    path = write_space(folder, {"embedding_dim": [4, 8]})
+    path.write_text(f"{path.read_text()}  head_hidden_units: [!!python/tuple [8, 4], [8]]\n")
+    space = read_space(path)
+    ledger, strategy = a_ledger(folder, space), Optuna(space, 4, "TPESampler")
+    while (trial := strategy.propose(ledger)) is not None:
+        start(ledger, trial)
+        assert not strategy.is_hopeless(ledger, trial, [0.5])
+        finish(ledger, trial)
+    assert len(ledger.runs) == 4
+
+
 def test_optuna_stops_what_falls_behind_the_median(folder):
     space = a_space(folder, {"embedding_dim": list(range(1, 21))})
     ledger, strategy = a_ledger(folder, space), Optuna(space, 20, "TPESampler")
@@ -467,6 +491,8 @@ def test_a_wrong_strategy_is_refused(folder, arguments, message):
         make_strategy(a_space(folder), *arguments, "TPESampler")
 
 
-def test_an_unknown_sampler_is_refused(folder):
+def test_an_unknown_sampler_and_one_that_needs_more_than_a_seed_are_refused(folder):
+    with pytest.raises(ValueError, match=r"--sampler GridSampler needs more than a seed: .*'search_space'"):
+        make_strategy(a_space(folder), "optuna", 3, None, "GridSampler")
     with pytest.raises(ValueError, match="optuna has no sampler 'TPE'; the nearest is 'TPESampler'"):
         make_strategy(a_space(folder), "optuna", 3, None, "TPE")

@@ -1,5 +1,6 @@
 """Searches that run: on a stand-in for training that takes a moment, killed at any time, and once for real."""
 
+import io
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from flowctr import cli, config
 from flowctr.experiment import RunningError
 from flowctr.tuning import TuningError, engines, search, tune
 from flowctr.tuning.engines import Command, LocalEngine, make_engine
+from rich.console import Console
 from typer.testing import CliRunner
 
 # Takes the place of run_expid.py: three evaluations, whose AUC follows from the settings, and a result.
@@ -174,6 +176,14 @@ def test_a_grid_is_run_ranked_and_left_in_order(folder, capsys):
 
     run(folder)  # there is nothing left to do
     assert len(events(folder, "begin")) == 6 and ledger_of(folder) == ledger
+
+
+def test_ids_of_the_best_trials_are_shown_whole_on_a_narrow_terminal(folder):
+    space = search.read_space(folder / "config" / "tuner.yaml")
+    trial = space.trial(1)
+    console = Console(width=60, file=io.StringIO())
+    console.print(search.best_table([{"trial": trial.expid, "settings": trial.settings, "value": 0.5}], space))
+    assert trial.expid in console.file.getvalue()
 
 
 def in_a_child(function):
@@ -391,16 +401,24 @@ def test_data_sets_are_built_once_and_before_any_trial(folder, monkeypatch):
 def test_two_searches_on_one_ledger_are_refused(folder):
     (folder / "config" / "tuner").mkdir()
     with FileLock(folder / "config" / "tuner" / ".ledger.lock"):
-        with pytest.raises(RunningError, match=r"another search is running in .*tuner; wait for it"):
+        with pytest.raises(RunningError, match=r"another search is running in .*tuner; wait for its end"):
             run(folder)
     assert events(folder) == []
 
 
-def test_metrics_edited_in_the_ledger_are_refused(folder):
+@pytest.mark.parametrize(
+    ("old", "new", "differing"),
+    [
+        ('"logloss": 0.5', '"logloss": 0.4', "metrics"),
+        ('"value": 0.', '"value": 0.9', "value"),
+        ('"evaluations": [', '"evaluations": [0.9, ', "evaluations"),
+    ],
+)
+def test_numbers_edited_in_the_ledger_are_refused(folder, old, new, differing):
     run(folder)
     path = folder / "config" / "tuner" / "ledger.jsonl"
-    path.write_text(path.read_text().replace('"logloss": 0.5', '"logloss": 0.4', 1))
-    with pytest.raises(ValueError, match=r"ledger\.jsonl.*seed 7, is not as in its result"):
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"ledger\.jsonl.*seed 7, is not as in its result \S+: {differing}; put the"):
         run(folder)
 
 

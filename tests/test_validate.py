@@ -1,5 +1,7 @@
 """Checks of BARS folders: an intact one passes, and every kind of defect is found in its file and line."""
 
+import errno
+import os
 import re
 import shutil
 from decimal import Decimal
@@ -85,6 +87,10 @@ EDITS = {
     "README: mean": ("README.md", "| Avg | 0.696000", "| Avg | 0.697000", NUMBERS),
     "README: deviation": ("README.md", "&#177;0.00500000", "&#177;0.01000000", NUMBERS),
     "search: number": (TABLE, "is_like_AUC: 0.710000", "is_like_AUC: 7.1e-2", NUMBERS),
+    "results: no metric": ("results.csv", "is_like_NE: 0.713000 ", "is_like_NE: 0.713000x ", UNREADABLE),
+    "results: no metric at the end": ("results.csv", " NE: 0.713000\n", " NE: 0.713000x\n", UNREADABLE),
+    "link to mail": ("README.md", f"](./{STEM})", "](mailto:ada@ada.example)", None),
+    "link to an image in it": ("README.md", f"](./{STEM})", f"](data:image/png;base64,{'A' * 5000})", None),
     "search: no result line": (TABLE, "[test]", "[tset]", UNREADABLE),
     "search: hash of another trial": (TABLE, "THIRD,[dataset_id]", "FIRST[:-12]003FIRST[-9:],[dataset_id]", COLLISION),
     "settings: hash of another trial": (MODELS, "THIRD:", "FIRST[:-12]003FIRST[-9:]:", COLLISION),
@@ -107,7 +113,7 @@ def test_an_edit_is_found_in_its_line(copy, name):
     for text, expid in names.items():
         old, new = old.replace(text, expid), new.replace(text, expid)
     line = edit(copy, file, old, new)
-    assert found_in(copy) == [(file, line, kind)]
+    assert found_in(copy) == ([(file, line, kind)] if kind else [])
 
 
 def test_a_truncated_id_is_told_from_an_unknown_one(copy):
@@ -130,6 +136,66 @@ def test_a_missing_file_is_found(copy, name):
     found = found_in(copy)
     assert (name, 1, MISSING) in found
     assert {kind for file, _, kind in found if file != name} <= {LINK}  # of the README to it
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "environments.txt", "results.csv", f"{STEM}.yaml", TABLE, DATASETS, MODELS, "leaderboard.csv"]
+)
+def test_an_empty_file_is_found(copy, name):
+    (copy / name).write_text("\n")
+    assert (name, 1, UNREADABLE) in found_in(copy)
+
+
+def test_files_and_folders_that_must_not_be_read_are_found(copy, monkeypatch):
+    """As if by a user without the right to; tests may run as root, whom nothing stops."""
+    locked = {copy / "README.md", copy / "results.csv", copy / TABLE}
+    read_text = Path.read_text
+
+    def refuse(path, *arguments, **options):
+        if path in locked:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    found = validation.check_submission(copy)
+    assert {finding.path for finding in found if finding.kind == UNREADABLE} == locked
+    assert f"{copy / 'results.csv'}:1: this cannot be read: Permission denied" in map(str, found)
+
+
+def test_a_folder_that_must_not_be_entered_is_found_beside_the_others(copy, monkeypatch):
+    inner = copy.with_name("inner")
+    inner.mkdir()
+    walk = os.walk
+
+    def refuse(top, onerror):
+        onerror(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(inner)))
+        return walk(top)
+
+    monkeypatch.setattr(os, "walk", refuse)
+    targets, findings = validation.validate([copy.parent])
+    assert targets == [copy] and [(f.path, f.kind) for f in findings] == [(inner, UNREADABLE)]
+    table = validation.summary_table(targets, findings)
+    assert list(table.columns[1].cells)[bars.KINDS.index(UNREADABLE)] == "1"
+
+
+def test_odd_files_beside_submissions_are_passed_over(copy):
+    (copy.parent / "gone.csv").symlink_to("nowhere")
+    os.mkfifo(copy.parent / "pipe.csv")
+    assert validation.validate([copy.parent]) == ([copy], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"), [("Model,AUC,Running Steps\nx", [LINK, NUMBERS]), ("a\n" + "x" * 200_000, [UNREADABLE])]
+)
+def test_a_leaderboard_that_was_cut_or_is_no_csv_is_a_defect(copy, text, kinds):
+    (copy / "leaderboard.csv").write_text(text)
+    assert found_in(copy) == [("leaderboard.csv", 2, kind) for kind in kinds]
+
+
+def test_keys_of_settings_need_not_be_texts(copy):
+    settings = "    1: 1\n    a: 1\n    ? !!python/tuple [a, b]\n    : 2\n"
+    (copy / MODELS).write_text(f"x_1_aaaaaaaa:\n{settings}y_2_aaaaaaaa:\n{settings.replace(': 1', ': 2')}")
+    assert (MODELS, 6, COLLISION) in found_in(copy)
 
 
 def test_a_missing_log_and_a_missing_configuration_are_found(copy):
@@ -186,7 +252,7 @@ def test_nothing_of_a_yaml_is_executed(copy, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- a list", "", "\0\0"])
+@pytest.mark.parametrize("text", ["a: [1", "- a list", "", "\0\0", "x:\n  a: 2020-13-45", "x:\n  a: !!bool x"])
 def test_a_yaml_that_cannot_be_read_is_one_defect(copy, text):
     (copy / DATASETS).write_text(text)
     assert [(file, kind) for file, _, kind in found_in(copy)] == [(DATASETS, UNREADABLE)]

@@ -19,6 +19,11 @@ def canonical(value: Any) -> str:
     return json.dumps(value, default=repr)
 
 
+def plain(value: Any) -> Any:
+    """Gives a value as it comes back from a JSON file, where a tuple is a list and the keys of a mapping are texts."""
+    return json.loads(json.dumps(value))
+
+
 def canonical_id(settings: Any) -> str:
     """Hashes settings.
 

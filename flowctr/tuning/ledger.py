@@ -15,17 +15,21 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flowctr.tuning.ids import canonical
-from flowctr.tuning.space import Space
+from flowctr.tuning.ids import canonical, plain
+from flowctr.tuning.space import Space, write_whole
 
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "started": {"settings": dict, "attempts": int, "gpu": (int, type(None)), "time": str},
-    "finished": {"seconds": (int, float), "metrics": dict, "value": (int, float), "evaluations": list, "result": str},
+    "finished": {
+        **{"exit_code": int, "seconds": (int, float), "metrics": dict},
+        **{"value": (int, float), "evaluations": list, "result": str},
+    },
     "pruned": {"seconds": (int, float), "value": (int, float), "evaluations": list},
-    "failed": {"seconds": (int, float), "error": str},
+    "failed": {"exit_code": int, "seconds": (int, float), "error": str},
 }
 
 Run = Mapping[str, Any]
@@ -63,24 +67,15 @@ class Ledger:
             file.write(_line(record))
             file.flush()
             os.fsync(file.fileno())
-        self._add(json.loads(json.dumps(record)))
+        self._add(plain(record))
 
     def compact(self) -> None:
         """Replaces the lines by one for each run, in the trials' order."""
-        unfinished = self.path.with_name(f".{self.path.name}.tmp")
-        with open(unfinished, "wb") as file:
-            file.writelines(_line(run) for run in sorted(self.runs.values(), key=self._order))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.path)
+        write_whole(self.path, b"".join(_line(run) for run in sorted(self.runs.values(), key=self._order)))
 
     def of_state(self, *states: str) -> list[Run]:
         """Lists the runs in some state, in the trials' order."""
         return sorted((run for run in self.runs.values() if run["state"] in states), key=self._order)
-
-    def forget(self, run: Run) -> None:
-        """Leaves out a run, so that it is missing."""
-        del self.runs[run["trial"], run["seed"]]
 
     def _order(self, run: Run) -> tuple[int, int]:
         return self._space.find(run["trial"]).number, run["seed"]
@@ -110,9 +105,14 @@ class Ledger:
         for key, kind in {**FIELDS[state], **(FIELDS["started"] if "settings" in record else {})}.items():
             if not isinstance(record.get(key), kind) or isinstance(record.get(key), bool):
                 raise self._wrong(number, f"{key!r} is missing or of a wrong type; got {record.get(key)!r}")
-        settings = json.loads(json.dumps(trial.settings))
-        if "settings" in record and canonical(record["settings"]) != canonical(settings):
-            raise self._wrong(number, f"{expid} has the settings {settings}; got {record['settings']}")
+        if "settings" in record:
+            settings = plain(trial.settings)
+            if canonical(record["settings"]) != canonical(settings):
+                raise self._wrong(number, f"{expid} has the settings {settings}; got {record['settings']}")
+            try:
+                datetime.fromisoformat(record["time"])
+            except ValueError as error:
+                raise self._wrong(number, f"'time' is no date and time; got {record['time']!r}") from error
         return record
 
     def _recover(self, number: int, line: bytes, start: int) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from flowctr.experiment import result_line
 from flowctr.results import read_result
-from flowctr.tuning.ids import canonical
+from flowctr.tuning.ids import canonical, plain
 from flowctr.tuning.ledger import Ledger, Run
-from flowctr.tuning.space import Space
+from flowctr.tuning.space import Space, write_whole
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -22,6 +22,34 @@ def ranked(ledger: Ledger, space: Space) -> list[Run]:
     return sorted(runs, key=lambda run: -space.sign * run["value"])
 
 
+def measured(result: Mapping[str, Any], space: Space) -> dict[str, Any]:
+    """Gives what a ledger keeps of a result."""
+    return {
+        "metrics": result["metrics"],
+        "value": space.value(result["metrics"]["valid"]),
+        "evaluations": [space.value(evaluation) for evaluation in result["curves"]["valid"]],
+    }
+
+
+def check_results(ledger: Ledger, runs: Iterable[Run], space: Space) -> None:
+    """Compares finished runs with their result files.
+
+    Raises:
+        FileNotFoundError: If a result is gone.
+        ValueError: If a line of the ledger and the result that it names differ.
+    """
+    for run in runs:
+        path = space.folder / run["result"]
+        result = read_result(path)
+        known = {"trial": result["expid"], "seed": result["seed"], **measured(result, space)}
+        if differing := [key for key, value in known.items() if canonical(run[key]) != canonical(value)]:
+            raise ValueError(
+                f"{ledger.path}: {run['trial']}, seed {run['seed']}, is not as in its result {path}: "
+                f"{', '.join(differing)}; put the line back as it was, or delete all lines of the trial, which will "
+                "then be run again"
+            )
+
+
 def write_csv(path: Path, runs: Iterable[Run], folder: Path) -> None:
     """Writes one line in FuxiCTR's result format for each run, from its result file.
 
@@ -31,15 +59,13 @@ def write_csv(path: Path, runs: Iterable[Run], folder: Path) -> None:
         folder: The search's folder, from which the runs' result files are named.
     """
     lines = [f"{result_line(read_result(folder / run['result']))}\n" for run in runs]
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, "".join(lines).encode())
 
 
 def best_table(runs: Sequence[Run], space: Space, rows: int = 5) -> Table:
     """Makes the table of the best trials."""
     table = Table(title=f"best of {len(runs)} finished trials", title_justify="left")
-    table.add_column("trial", overflow="fold")
+    table.add_column("trial", no_wrap=True)  # whole, to be copied; the others' headers may wrap
     for key in space.varied:
         table.add_column(key, justify="right")
     table.add_column(f"valid {monitor_name(space)}", justify="right")
@@ -62,7 +88,7 @@ def plot(path: Path, runs: Sequence[Run], space: Space) -> None:
     figure = Figure((PLOT_INCHES[0] * columns, PLOT_INCHES[1] * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, (key, values) in zip(grid.flat, varied.items()):
-        position = {canonical(_plain(value)): i for i, value in enumerate(values)}
+        position = {canonical(plain(value)): i for i, value in enumerate(values)}
         points = [(position[canonical(run["settings"][key])], run["value"]) for run in runs]
         axes.scatter(*zip(*points), s=18, alpha=0.6)
         by_position: dict[int, list[float]] = {}
@@ -77,10 +103,3 @@ def plot(path: Path, runs: Sequence[Run], space: Space) -> None:
     unfinished = path.with_name(f".{path.name}")
     figure.savefig(unfinished, dpi=120)
     os.replace(unfinished, path)
-
-
-def _plain(value: Any) -> Any:
-    """Gives a value as JSON keeps it: a tuple is a list."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -26,7 +26,7 @@ from flowctr.results import read_result
 from flowctr.tuning.display import Display
 from flowctr.tuning.engines import Command, Engine, Process, make_engine
 from flowctr.tuning.ledger import Ledger, Run
-from flowctr.tuning.outcome import best_table, plot, ranked, write_csv
+from flowctr.tuning.outcome import best_table, check_results, measured, plot, ranked, write_csv
 from flowctr.tuning.space import Space, Trial, known_trials, read_space, write_configs
 from flowctr.tuning.strategies import Strategy, make_strategy
 from rich.console import Console
@@ -106,7 +106,7 @@ def tune(
     space = read_space(path, model_dir)
     space.check(src)
     strategy = make_strategy(space, search, trials, tag, sampler)
-    with contextlib.closing(make_engine(engine, gpus, workers)) as devices, _locked(space.folder):
+    with contextlib.closing(make_engine(engine, gpus, workers)) as devices, locked(space.folder):
         known, ledger = known_trials(space), Ledger(space.folder / "ledger.jsonl", space)
         try:
             with Display(space, ledger, strategy.count + seeds - 1) as display:
@@ -120,15 +120,18 @@ def tune(
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other searches from a search's folder.
+
+    Raises:
+        RunningError: If one uses it.
+    """
     folder.mkdir(exist_ok=True)
     try:
         with FileLock(folder / ".ledger.lock", timeout=0):
             yield
     except Timeout as error:
-        raise RunningError(
-            f"another search is running in {folder}; wait for it, or copy the YAML to another name"
-        ) from error
+        raise RunningError(f"another search is running in {folder}; wait for its end, or stop it") from error
 
 
 class _Search:
@@ -201,12 +204,7 @@ class _Search:
         if not path.is_file():
             logging.warning("%s, the result of %s, is gone; the trial is run again", path, run["trial"])
             return False
-        result = read_result(path)
-        if (run["trial"], run["seed"], run["metrics"]) != (result["expid"], result["seed"], result["metrics"]):
-            raise ValueError(
-                f"{self._ledger.path}: {run['trial']}, seed {run['seed']}, is not as in its result {path}; put the "
-                "line back as it was, or delete all lines of the trial, which will then be run again"
-            )
+        check_results(self._ledger, [run], self._space)
         return True
 
     def _wait_for_orphan(self, job: Job) -> None:
@@ -300,17 +298,8 @@ class _Search:
 
     def _finish(self, job: Job, path: Path) -> None:
         """Records a run that has written its result."""
-        result = read_result(path)
-        evaluations = [self._space.value(evaluation) for evaluation in result["curves"]["valid"]]
-        fields = {"metrics": result["metrics"], "value": self._space.value(result["metrics"]["valid"])}
-        self._end(
-            job,
-            "finished",
-            exit_code=0,
-            **fields,
-            evaluations=evaluations,
-            result=os.path.relpath(path, self._space.folder),
-        )
+        fields = {**measured(read_result(path), self._space), "result": os.path.relpath(path, self._space.folder)}
+        self._end(job, "finished", exit_code=0, **fields)
 
     def _end(self, job: Job, state: str, **fields) -> None:
         seconds = round(time.time() - job.started, 1)

@@ -28,6 +28,7 @@ from fuxictr.utils import Monitor
 
 REQUIRED_KEYS = ("base_expid", "tuner_space")
 KEYS = ("base_config", *REQUIRED_KEYS, "dataset_id", "dataset_config", "model_config")
+TEXTS = ("base_config", "base_expid", "dataset_id")
 SHARED_KEYS = ("monitor", "monitor_mode", "model")  # what trials must have in common to be compared
 # Of a data set's keys those that an experiment may have as well: they change nothing of its files.
 OF_EITHER = {"dataset_id", "group_id", "scenario", "use_features", "feature_specs", "label"}
@@ -193,9 +194,14 @@ def read_space(path: str | Path, model_dir: str | Path | None = None) -> Space:
         raise config.ConfigError(f"{path} is a folder; name the tuner YAML, such as {path}.yaml")
     if not path.is_file():
         raise FileNotFoundError(f"there is no tuner YAML {path}")
+    if path.suffix not in (".yaml", ".yml"):
+        raise config.ConfigError(f"the name of {path} must end in .yaml; the search's folder has its name without that")
     content = config.read_yaml(path)
     mistakes = [f"missing key {key!r}" for key in REQUIRED_KEYS if key not in content]
     mistakes += [f"unknown key {key!r}; the nearest is {nearest(key, KEYS)!r}" for key in content if key not in KEYS]
+    no_texts = {key: content[key] for key in TEXTS if not isinstance(content.get(key, ""), str)}
+    mistakes += [f"{key!r} must be a text; got {value!r}" for key, value in no_texts.items()]
+    content = {key: value for key, value in content.items() if key not in no_texts}
     values, wrong = _values(content.get("tuner_space"))
     mistakes += wrong if "tuner_space" in content else []
 
@@ -270,10 +276,10 @@ def _entry(content: Mapping[str, Any], key: str, name: str, read: Callable[[], d
     own = content.get(key)
     if own is None:
         return read()
-    if not isinstance(own, dict) or not isinstance(own.get(name), dict):
-        raise config.ConfigError(
-            f"{key!r} has no entry {name!r}; it holds {', '.join(map(str, own or ())) or 'nothing'}"
-        )
+    if not isinstance(own, dict):
+        raise config.ConfigError(f"{key!r} must map ids to settings; got {own!r}")
+    if not isinstance(own.get(name), dict):
+        raise config.ConfigError(f"{key!r} has no entry {name!r}; it holds {', '.join(map(str, own)) or 'nothing'}")
     return dict(own[name])
 
 
@@ -331,8 +337,16 @@ def write_configs(folder: Path, trials: Iterable[Trial]) -> None:
 
 
 def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    write_whole(path, yaml.dump(dict(content), Dumper=_Dumper, default_flow_style=None, indent=4).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that has the old or the new content whenever the program is killed or the power fails."""
     unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(yaml.dump(dict(content), Dumper=_Dumper, default_flow_style=None, indent=4), encoding="utf-8")
+    with open(unfinished, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 

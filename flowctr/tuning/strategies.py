@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flowctr.checks import is_number
 from flowctr.names import nearest
+from flowctr.tuning.ids import canonical, plain
 from flowctr.tuning.ledger import Ledger
 from flowctr.tuning.space import Space, Trial
 
@@ -62,7 +63,7 @@ class Optuna:
         sampler: Class of optuna.samplers.
 
     Raises:
-        ValueError: If Optuna is not installed or has no such sampler.
+        ValueError: If Optuna is not installed, has no such sampler, or one that cannot be made from a seed.
     """
 
     def __init__(self, space: Space, count: int, sampler: str):
@@ -78,6 +79,10 @@ class Optuna:
         self.count, self.planned = min(count, len(space)), []
         self._sampler = getattr(optuna.samplers, sampler)
         self._seed = space.trial(1).seed
+        try:
+            self._sampler(seed=self._seed)
+        except (TypeError, ImportError) as error:
+            raise ValueError(f"--sampler {sampler} needs more than a seed: {error}; take another") from error
 
     def propose(self, ledger: Ledger) -> Trial | None:
         tried = {expid for expid, _ in ledger.runs}
@@ -87,7 +92,10 @@ class Optuna:
         for suggestion in range(SUGGESTIONS):
             # A sampler remembers nothing but its seed, which thus has to be another one each time.
             study.sampler = self._sampler(seed=self._seed + len(tried) * SUGGESTIONS + suggestion)
-            suggested = study.ask(self._distributions())
+            try:
+                suggested = study.ask(self._distributions())
+            except ImportError as error:  # of CmaEsSampler, which looks for its package only now
+                raise ValueError(f"optuna's {self._sampler.__name__} needs another package: {error}") from error
             study.tell(suggested, state=self._optuna.trial.TrialState.FAIL)
             trial = self._space.trial(self._space.number(suggested.params))
             if trial.expid not in tried:
@@ -108,11 +116,14 @@ class Optuna:
 
     def _trial(self, run: Mapping[str, Any]) -> "optuna.trial.FrozenTrial":
         states = self._optuna.trial.TrialState
-        values = {key: [repr(value) for value in values] for key, values in self._space.varied.items()}
+        settings = plain(run["settings"])
         return self._optuna.trial.create_trial(
             state={"finished": states.COMPLETE, "pruned": states.PRUNED, "started": states.RUNNING}[run["state"]],
             value=run.get("value"),
-            params={key: known.index(repr(run["settings"][key])) for key, known in values.items()},
+            params={
+                key: [canonical(plain(value)) for value in values].index(canonical(settings[key]))
+                for key, values in self._space.varied.items()
+            },
             distributions=self._distributions(),
             intermediate_values=dict(enumerate(run.get("evaluations", ()))),
         )
