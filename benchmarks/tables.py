@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from flowctr.compare import best_marks
 from flowctr.metrics import LOG_METRICS
-from flowctr.results import read_published
+from flowctr.results import NOT_SETTINGS, read_published
 from study import markdown, read, spread, targets_of, value_of
 
 HERE = Path(__file__).parent
@@ -16,7 +16,6 @@ SIGNIFICANCE = (
     "Bold: better than every other experiment of the table, each by a paired t-test over the seeds, p < .05 after "
     "Holm's correction."
 )
-NOT_SETTINGS = ("model", "model_id", "model_root", "seed", "gpu", "cuda_graphs")  # where and how it ran, not what
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def filled(page: str) -> str:
 
 def table(name: str) -> str:
     """Builds one table: what a speed script measured, or a data set's studies, single runs or published rows."""
-    speed = {"data": data_speed, "scaling": scaling, "pairs": pairs, "distributed": distributed}
+    speed = {"data": data_speed, "scaling": scaling, "pairs": pairs, "distributed": distributed, "buckets": buckets}
     if name in speed:
         return speed[name]()
     kind, _, dataset_id = name.rpartition(" ")
@@ -61,10 +60,8 @@ def studies(dataset_id: str) -> str:
 def experiments(dataset_id: str) -> str:
     """Lists the experiments whose runs on a data set lie in the models' folders, outside of studies."""
     by_expid: dict[str, list[dict]] = {}
-    for path in sorted(HERE.glob("*/*.json")):
-        result = json.loads(path.read_text())
-        if result["dataset_id"] == dataset_id:
-            by_expid.setdefault(result["expid"], []).append(result)
+    for result in _single_runs(dataset_id):
+        by_expid.setdefault(result["expid"], []).append(result)
     return _leaders(by_expid)
 
 
@@ -93,9 +90,7 @@ def _leaders(finals: dict[str, list[dict]]) -> str:
 
 def runs(dataset_id: str) -> str:
     """Lists the single runs of a data set, the best on its validation data first."""
-    results = [json.loads(path.read_text()) for path in sorted(HERE.glob("*/*.json"))]
-    results = [result for result in results if result["dataset_id"] == dataset_id]
-    results.sort(key=lambda result: -result["metrics"]["valid"]["AUC"])
+    results = sorted(_single_runs(dataset_id), key=lambda result: -result["metrics"]["valid"]["AUC"])
     labelled = any(len(result["labels"]) > 1 for result in results)
     rows = []
     for result in results:
@@ -116,6 +111,13 @@ def runs(dataset_id: str) -> str:
     return markdown(columns, rows)
 
 
+def _single_runs(dataset_id: str) -> list[dict]:
+    """Reads the runs on a data set that lie in the models' folders; in ``results`` are those of whoever works here."""
+    files = [path for path in sorted(HERE.glob("*/*.json")) if path.parent.name != "results"]
+    results = [json.loads(path.read_text()) for path in files]
+    return [result for result in results if result["dataset_id"] == dataset_id]
+
+
 def published(dataset_id: str) -> str:
     """Lists what others report on a data set, the best AUC first."""
     rows = [row for row in read_published(HERE / "published_results.csv") if row.dataset_id == dataset_id]
@@ -131,7 +133,7 @@ def settings(result: dict, results: list[dict]) -> str:
     return ", ".join(
         f"{key} {value}"
         for key, value in result["config"].items()
-        if key not in NOT_SETTINGS and any(config.get(key) != value for config in configs)
+        if key not in {*NOT_SETTINGS, "model", "cuda_graphs"} and any(config.get(key) != value for config in configs)
     )
 
 
@@ -199,6 +201,22 @@ def distributed() -> str:
         for name, run in result["runs"].items()
     ]
     return markdown(["option", "turns", "rows/s of 1", f"rows/s of {several}", "ratio"], rows)
+
+
+def buckets() -> str:
+    """Lists what `bucket_by_length` does to a model: runs with and without it, in pairs of a seed."""
+    paths = sorted((HERE / "speed" / "results" / "bucket_by_length").glob("*.json"))
+    results = sorted(
+        (json.loads(path.read_text()) for path in paths),
+        key=lambda r: (r["seed"], bool(r["config"].get("bucket_by_length"))),
+    )
+    rows = []
+    for result in results:
+        values = [value_of(result, "test", "mean", name) for name in METRICS]
+        rate = result["speed"]["train_rows_per_second"]
+        bucketed = "yes" if result["config"].get("bucket_by_length") else "no"
+        rows.append([result["seed"], bucketed, *(f"{value:.4f}" for value in values), f"{rate:,.0f}"])
+    return markdown(["seed", "bucket_by_length", *(f"test mean {name}" for name in METRICS), "rows/s"], rows)
 
 
 def pairs() -> str:
