@@ -228,7 +228,11 @@ def best_marks(experiments: Sequence[Mapping[int, float | None]], lower_is_bette
     if len(values) < 2:
         return [False] * len(experiments)
     best = max(values, key=lambda number: np.mean(list(values[number].values())))
-    p_values = [_p_of_win(values[best], others) for number, others in values.items() if number != best]
+    p_values = []
+    for others in (others for number, others in values.items() if number != best):
+        p_values.append(_p_of_win(values[best], others))
+        if p_values[-1] >= ALPHA:  # which no correction mends: nobody wins, and the other tests are spared
+            return [False] * len(experiments)
     wins = all(p * (len(p_values) - rank) < ALPHA for rank, p in enumerate(sorted(p_values)))
     return [wins and number == best for number in range(len(experiments))]
 

@@ -4,12 +4,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from flowctr.compare import best_marks
+from flowctr.metrics import LOG_METRICS
 from flowctr.pages import COLOR_INKS, DASH, LINE, STYLE, shown, svg, write_page
 from flowctr.report import write_report
 from flowctr.results import (
@@ -25,6 +27,7 @@ from flowctr.results import (
 )
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 PUBLISHED_FILE = "published_results.csv"
 MAX_PAGES = 20  # experiments of a data set with a page of their own: plots take a second and a hundred kilobytes
@@ -102,6 +105,7 @@ def write_leaderboard(paths: Sequence[Path], out: Path) -> Path:
             runs=sum(len(experiment.runs) for experiment in experiments),
             tasks=unique(target for section in sections for target in section["targets"]),
             metrics=METRICS,
+            lower_is_better=LOG_METRICS,
             max_pages=MAX_PAGES,
             first_rows=FIRST_ROWS,
         )
@@ -125,7 +129,8 @@ def _section(dataset_id: str, experiments: list[Experiment], published: list[Pub
     targets = targets_of(experiment.result for experiment in experiments)
     main = MEAN if MEAN in targets else targets[0]
     experiments = sorted(experiments, key=lambda e: (np.nan_to_num(-e.mean(main), nan=math.inf), e.result["expid"]))
-    differing = _differing_settings(experiments)
+    columns = [(target, metric) for target in targets for metric in METRICS]
+    differing, wins = _differing_settings(experiments), _wins(experiments, columns)
     # What has curves to show comes first, then several seeds: a trial of a search is of less interest.
     paged = sorted(experiments, key=lambda e: (not e.result.get("curves"), len(e.runs) == 1))[:MAX_PAGES]
     for experiment in paged:
@@ -138,14 +143,14 @@ def _section(dataset_id: str, experiments: list[Experiment], published: list[Pub
         "id": dataset_id,
         "main": main,
         "targets": targets,
-        "columns": [(target, metric) for target in targets for metric in METRICS],
+        "columns": columns,
         "costs": COST_COLUMNS,
         "rows": [
             {
                 "expid": experiment.result["expid"],
                 "page": f"runs/{experiment.page}" if experiment in paged else None,
                 "settings": differing[experiment.page],
-                "cells": _cells(experiment, targets),
+                "cells": _cells(experiment, columns, wins.get(experiment.page, ())),
             }
             for experiment in experiments
         ],
@@ -177,8 +182,28 @@ def _differing_settings(experiments: list[Experiment]) -> dict[str, str]:
     return differing
 
 
-def _cells(experiment: Experiment, targets: list[str]) -> list[str]:
-    """Returns the texts of a row, all but the first."""
+def _wins(experiments: list[Experiment], columns: Sequence[tuple[str, str]]) -> dict[str, list[tuple[str, str]]]:
+    """Finds, by page, in which metrics an experiment is significantly better than every other one on the same data.
+
+    One seed says nothing of what another would give: only experiments of several take part.
+    """
+    by_data: dict[str | None, list[Experiment]] = {}
+    for experiment in experiments:
+        if len(experiment.runs) > 1:
+            by_data.setdefault((experiment.result.get("data") or {}).get("manifest"), []).append(experiment)
+    wins: dict[str, list[tuple[str, str]]] = {}
+    for members in by_data.values():
+        seeds = [[result["seed"] for _, result in member.runs] for member in members]
+        for column in columns:
+            values = [dict(zip(own, member.values(*column))) for own, member in zip(seeds, members)]
+            marks = best_marks(values, lower_is_better=column[1] in LOG_METRICS)
+            for member in (member for member, is_best in zip(members, marks) if is_best):
+                wins.setdefault(member.page, []).append(column)
+    return wins
+
+
+def _cells(experiment: Experiment, columns: Sequence[tuple[str, str]], wins: Collection[tuple[str, str]]) -> list[str]:
+    """Returns the texts of a row, all but the first; wins are bold."""
     results = [result for _, result in experiment.runs]
     first = experiment.result
     parameters = first.get("parameters") or {}
@@ -188,7 +213,7 @@ def _cells(experiment: Experiment, targets: list[str]) -> list[str]:
     return [
         first["model"],
         str(len(results)),
-        *(_spread(experiment.values(target, metric)) for target in targets for metric in METRICS),
+        *(_spread(experiment.values(*column), column in wins) for column in columns),
         *(_millions(count) for count in (parameters.get("total"), parameters.get("non_embedding"))),
         _millions(first.get("flops_per_row")),
         DASH if None in speeds else f"{np.mean(speeds):,.0f}",
@@ -204,11 +229,12 @@ def _setting(key: str, value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _spread(values: np.ndarray) -> str:
+def _spread(values: np.ndarray, is_win: bool) -> str:
     """Shows mean and sample standard deviation, or a single value."""
     if not len(values):
         return DASH
-    return f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
+    text = f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
+    return Markup("<b>{}</b>").format(text) if is_win else text
 
 
 def _millions(count: float | None) -> str:
@@ -292,6 +318,7 @@ def _ablation_figure(base: Experiment, ablated: list[tuple[str, Experiment]], ta
     names, experiments = zip(("as it is", base), *ablated)
     figure = Figure(figsize=(4.2, 0.8 + 0.22 * len(names)), layout="constrained")
     axes = figure.add_subplot(xlabel=f"test AUC, {target}", title=base.result["expid"])
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # more four-digit numbers run into each other
     axes.axvline(base.mean(target), color=LINE)
     _error_bars(axes, experiments, target, horizontal=True)
     axes.set_yticks(range(len(names)), names)

@@ -63,6 +63,11 @@ def shown(value: Any, spec: str = "") -> str:
     return DASH if value is None else format(value, spec) if spec else str(value)
 
 
+def breakable(name: str) -> Markup:
+    """Lets a long name break after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Writes a page that needs no other file and no network; it is there as a whole or not at all.
 
@@ -81,7 +86,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = shown
+    environment.filters |= {"shown": shown, "breakable": breakable}
     page = environment.get_template(template).render(**values, colors=COLORS)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")

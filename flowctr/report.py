@@ -4,7 +4,7 @@ import datetime
 import json
 import math
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,12 +116,11 @@ def _dataset_section(dataset_id: str, runs: list[Run]) -> dict:
     results = [run.result for run in runs]
     tables = []
     for target in targets_of(results):
-        columns = [
-            _best_marked([metric_of(result, split, target, metric) for result in results], pick_best)
-            for split in SPLITS
-            for metric, pick_best in METRICS.items()
+        rows = [
+            (run, [metric_of(run.result, split, target, metric) for split in SPLITS for metric in METRICS])
+            for run in runs
+            if _has_scenario(run.result, target)
         ]
-        rows = [(run, cells) for run, cells in zip(runs, zip(*columns)) if _has_scenario(run.result, target)]
         tables.append((target, rows))
     return {
         "id": dataset_id,
@@ -184,15 +183,6 @@ def _has_scenario(result: dict, target: str) -> bool:
     """Says whether a run has metrics over the target's scenarios, if it is about scenarios at all."""
     _, at, scenario = target.partition("@")
     return not at or scenario in scenarios_of(result)
-
-
-def _best_marked(
-    values: list[float | None], pick_best: Callable[[Iterable[float]], float]
-) -> list[tuple[float | None, bool]]:
-    """Pairs each value with whether it is the best of those there are; none is where there is nothing to compare."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    best = pick_best(known) if len(known) > 1 else math.nan
-    return [(value, value == best) for value in values]
 
 
 def _gibibytes(count: int | None) -> str | None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FORMAT = 1
-REQUIRED = ("expid", "model", "dataset_id", "seed", "labels", "metrics")
+REQUIRED = {"expid": str, "model": str, "dataset_id": str, "seed": int, "labels": list, "metrics": dict}
+OPTIONAL = dict.fromkeys(("config", "curves", "data", "parameters", "peak_memory_bytes", "speed"), dict)
 SPLITS = ("valid", "test")
-METRICS = {"AUC": max, "gAUC": max, "logloss": min, "NE": min}  # name -> what picks the best of several runs
+METRICS = ("AUC", "gAUC", "logloss", "NE")
 MEAN = "mean"
 
 # Of a configuration: where and how a run ran, not what it was, and the columns of its data set, which have a digest.
@@ -39,7 +40,7 @@ def read_result(path: Path) -> dict:
 
     Raises:
         FileNotFoundError: If it is not there.
-        ValueError: If it is not a result of the known format, or lacks a key of ``REQUIRED``.
+        ValueError: If it is not a result of the known format, or a key is missing or of another type.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -109,7 +110,27 @@ def _checked(result: dict, name: str) -> dict:
     missing = [key for key in REQUIRED if key not in result]
     if missing:
         raise ValueError(f"{name} is not a complete result file of format {FORMAT}: it lacks {', '.join(missing)}")
+    if wrong := _wrong_types(result):
+        raise ValueError(f"{name} is not a result file of format {FORMAT}: {'; '.join(wrong)}")
     return result
+
+
+def _wrong_types(result: dict) -> list[str]:
+    """Says which keys of a result do not hold what a run writes, as after an edit by hand."""
+    wrong = [
+        f"`{key}` is {result[key]!r:.40}, no {expected.__name__}"
+        for key, expected in {**REQUIRED, **OPTIONAL}.items()
+        if key in result and not isinstance(result[key], expected) and not (key in OPTIONAL and result[key] is None)
+    ]
+    if wrong:
+        return wrong
+    if not result["labels"] or not all(isinstance(label, str) for label in result["labels"]):
+        wrong.append(f"`labels` is {result['labels']!r:.40}, no list of names")
+    for split in SPLITS:
+        metrics = result["metrics"].get(split) or {}
+        if not isinstance(metrics, dict) or not all(isinstance(v, (int, float, type(None))) for v in metrics.values()):
+            wrong.append(f"the {split} metrics are not all numbers")
+    return wrong
 
 
 def read_published(path: Path) -> list[Published]:

@@ -5,6 +5,7 @@ They name their sequences and the targets of these in arguments such as ``din_se
 want sequences that no such argument names to be pooled, and some want the padding on one side.
 """
 
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -12,7 +13,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,12 +46,7 @@ def models(folder: str | Path) -> dict[str, type[BaseModel]]:
     Raises:
         ValueError: If it is no model folder, or one of another generation of FuxiCTR; says what is missing.
     """
-    module = _import(Path(folder).resolve())
-    classes = {
-        name: value
-        for name, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, BaseModel) and value.__module__.startswith(module.__name__)
-    }
+    classes = _models_of(_import(Path(folder).resolve()))
     if not classes:
         raise ValueError(f"{folder}: src/__init__.py has no model, no subclass of fuxictr.pytorch.models.BaseModel")
     return classes
@@ -162,13 +158,48 @@ def _import(folder: Path) -> ModuleType:
     except Exception as error:  # whatever the code of another generation runs into
         for imported in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
             del sys.modules[imported]
-        calls = [call for call in traceback.extract_tb(error.__traceback__) if call.filename.startswith(str(src))]
-        where = f" in line {calls[-1].lineno} of {Path(calls[-1].filename).relative_to(folder)}" if calls else ""
         raise ValueError(
             f"{folder} is of another generation than the installed fuxictr {fuxictr.__version__}, or needs what is not "
-            f"installed{where}: {error}; take the folder from a FuxiCTR checkout of that version"
+            f"installed{_line(error, folder)}: {error}; take the folder from a FuxiCTR checkout of that version"
         ) from error
+    for model_class in _models_of(module).values():
+        for method, function in list(vars(model_class).items()):
+            if inspect.isfunction(function) and hasattr(BaseModel, method):
+                setattr(model_class, method, _explained(function, folder))
     return module
+
+
+def _models_of(module: ModuleType) -> dict[str, type[BaseModel]]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, BaseModel) and value.__module__.startswith(module.__name__)
+    }
+
+
+def _explained(function: Callable, folder: Path) -> Callable:
+    """Says of a method that overrides FuxiCTR's, or calls its layers, how it does not fit what is installed.
+
+    The code of some generations is imported without a complaint, and fails as soon as it runs.
+    """
+
+    @functools.wraps(function)
+    def method(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{folder} does not run with the installed fuxictr {fuxictr.__version__}{_line(error, folder)}: {error}"
+                "; if no setting is to blame, take the folder from a FuxiCTR checkout of that version"
+            ) from error
+
+    return method
+
+
+def _line(error: Exception, folder: Path) -> str:
+    """Names the line of a folder's code that an error comes from."""
+    calls = [call for call in traceback.extract_tb(error.__traceback__) if call.filename.startswith(f"{folder}/src/")]
+    return f" in line {calls[-1].lineno} of {Path(calls[-1].filename).relative_to(folder)}" if calls else ""
 
 
 def _check_folder(folder: Path) -> None:
@@ -300,7 +331,8 @@ def _padding_side(model_class: type[BaseModel], params: Mapping[str, Any]) -> st
     """The side on which a model wants padding, None for either: that of the experiment, else of the model's code."""
     if side := params.get("padding"):
         return None if side == "any" else side
-    packs = "pack_padded_sequence(" in inspect.getsource(inspect.getmodule(model_class))
+    files = Path(inspect.getfile(model_class)).parent.rglob("*.py")
+    packs = any("pack_padded_sequence(" in file.read_text(encoding="utf-8") for file in files)
     return "post" if packs else PADDING_SIDES.get(model_class.__name__)
 
 

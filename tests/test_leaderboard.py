@@ -100,6 +100,22 @@ def test_older_results_lack_what_was_not_kept(tmp_path):
     assert row == given | dict.fromkeys([*NAMES, *COSTS], DASH)
 
 
+def test_significant_wins_are_bold(tmp_path):
+    """Of three experiments of several seeds; another one has a single seed, and another one other data."""
+    write_seeds(tmp_path, "best", [0.80, 0.81, 0.79])
+    write_seeds(tmp_path, "near", [0.70, 0.711, 0.69])
+    write_seeds(tmp_path, "far", [0.60, 0.61, 0.591])
+    write_seeds(tmp_path, "lucky", [0.9])
+    write_seeds(tmp_path, "elsewhere", [0.95, 0.94, 0.96], data={"manifest": "feed" * 16})
+    page = write_page([tmp_path], tmp_path / "out")
+    bold = {row[0][0].strip(): [text.strip() for text, is_bold in row if is_bold] for row in page.rows[1:]}
+    assert bold.pop("best") == ["0.8000 ± 0.0100", "0.7000 ± 0.0100", "0.2000 ± 0.0100"]  # AUC, gAUC; and a low logloss
+    assert not any(bold.values()) and len(bold) == 4
+    write_seeds(tmp_path, "as good", [0.80, 0.80, 0.80])
+    page = write_page([tmp_path], tmp_path / "out")
+    assert not any(is_bold for row in page.rows for _, is_bold in row)
+
+
 def test_settings_tell_experiments_of_one_id_apart(tmp_path):
     config = {"rank": 2, "gates": {"r": 0.5}, "net_dropout": 0.1}
     write_seeds(tmp_path / "a", "one", [0.7, 0.8], config={**config, "gpu": 0, "seed": 5, "model_root": "here"})
@@ -371,6 +387,8 @@ def column(page, table, name):
 
 
 def test_a_click_sorts_by_a_column(board):
+    (order,) = board.locator("#board-2 [aria-sort]").all()
+    assert re.sub(r"\s+", " ", order.inner_text()) == "mean AUC" and order.get_attribute("aria-sort") == "descending"
     assert experiments(board) == ["DIN_b", "DIN_a", "DCN_a", "AFM_a"]  # by AUC; the one without a mean is last
     for clicks, expected in enumerate((["AFM_a", "DIN_a", "DCN_a"], ["DCN_a", "DIN_a", "AFM_a"])):
         column(board, "#board-2", "parameters, M").click()
@@ -382,7 +400,7 @@ def test_a_click_sorts_by_a_column(board):
     for _ in range(2):  # what is missing stays last
         column(board, "#board-2", "AUC").first.click()
         assert experiments(board)[-1] == "AFM_a"
-    assert board.locator("[aria-sort]").count() == 1
+    assert board.locator("#board-2 [aria-sort]").count() == 1
 
 
 def test_filters_choose_data_set_task_metric_and_text(board):
@@ -412,8 +430,11 @@ def test_plots_follow_the_filters(board):
 
     names = ["parameters, M", "non-embedding, M", "MFLOPs / row", "rows / s"]
     assert plots() == [(f"AUC, mean against {name}", ["DIN_a: 0.8", "DCN_a: 0.7"]) for name in names]
+    texts = board.locator("svg[aria-label='AUC, mean against parameters, M'] text").all_text_contents()
+    assert [text for text in texts if not text.startswith("0.")][:-2] == ["2", "5", "10", "20", "50", "100", "200"]
     board.locator("[name=task]").select_option("is_click")
     board.locator("[name=metric]").select_option("gAUC")
+    board.wait_for_function("document.querySelector('section:last-of-type .plots svg[aria-label^=gAUC]')")
     titles = ["DIN_a: 0.7", "DCN_a: 0.8", "AFM_a: 0.6"]
     assert plots() == [(f"gAUC, is_click against {name}", titles) for name in names]
 
@@ -422,6 +443,7 @@ def test_a_phone_shows_it_without_moving_the_page_sideways(board):
     board.set_viewport_size({"width": 390, "height": 844})
     assert board.evaluate("document.documentElement.scrollWidth") == 390
     assert column(board, "#board-2", "experiment").is_visible()
+    assert column(board, "#board-2", "model").count() == 0  # the first metric stands in its place
 
 
 def test_without_scripts_it_is_a_plain_table(tmp_path, browser):

@@ -15,6 +15,10 @@ from rich.console import Console
 
 DASH = "–"
 NAMES = ("AUC", "gAUC", "logloss", "NE")
+EDITED = (
+    '{"format": 1, "expid": "one", "model": "DIN", "dataset_id": "tiny", '
+    '"seed": %s, "labels": %s, "metrics": %s, "config": %s}'
+)
 
 
 class Page(HTMLParser):
@@ -150,19 +154,19 @@ def test_each_data_set_has_its_own_table_and_every_run_its_color(tmp_path):
         assert re.findall(r"var\(--run-\d\)", svg) == [f"var(--run-{color})"]
 
 
-def test_best_value_is_bold(tmp_path):
-    def run(expid, auc, gauc, logloss, ne):
-        metrics = {"AUC": auc, "gAUC": gauc, "logloss": logloss, "NE": ne}
-        return write_run(tmp_path, expid, metrics={"valid": metrics, "test": {}})
-
+def test_single_runs_are_not_called_best(tmp_path):
+    """A win is marked only where it is significant, which single runs do not tell."""
     nan = float("nan")
-    files = [run("one", 0.7, nan, 0.5, None), run("two", 0.8, 0.6, 0.4, 0.9), run("three", 0.6, 0.7, 0.4, None)]
+    rows = {"one": (0.7, nan, 0.5, None), "two": (0.8, 0.6, 0.4, 0.9)}
+    files = [
+        write_run(tmp_path, expid, metrics={"valid": dict(zip(NAMES, row)), "test": {}}) for expid, row in rows.items()
+    ]
     page = Page(write_report(files, tmp_path))
     missing = [(DASH, False)] * 4
     assert page.row("one") == [("0.700000", False), ("nan", False), ("0.500000", False), (DASH, False), *missing]
-    two = [("0.800000", True), ("0.600000", False), ("0.400000", True), ("0.900000", False)]
-    assert page.row("two") == two + missing
-    assert page.row("three") == [("0.600000", False), ("0.700000", True), ("0.400000", True), (DASH, False), *missing]
+    assert page.row("two") == [(f"{value:.6f}", False) for value in rows["two"]] + missing
+    assert "No run is marked as best" in page.source
+    assert "No run is marked as best" not in write_report(files[:1], tmp_path).read_text()
 
 
 def test_single_and_multi_label_runs_compare_on_the_label_they_share(tmp_path):
@@ -260,6 +264,15 @@ def test_broken_attention_file_is_named(tmp_path):
         ('{"AUC": 0.7}', r"other\.json is not a result file: it has no `format`"),
         ('{"format": 99}', r"other\.json has result format 99; this version of flowctr reads 1"),
         ('{"format": 1, "expid": "one", "seed": 1}', r"other\.json .* lacks model, dataset_id, labels, metrics"),
+        (EDITED % ('"1"', '["y"]', "{}", "{}"), r"other\.json is not a result file of format 1: `seed` is '1', no int"),
+        (
+            EDITED % ("1", '"y"', "null", "[1]"),
+            r"`labels` is 'y', no list; `metrics` is None, .*; `config` is \[1\]",
+        ),
+        (
+            EDITED % ("1", "[]", '{"test": {"AUC": "high"}}', "null"),
+            r"`labels` is \[\], .*; the test metrics are not",
+        ),
     ],
 )
 def test_foreign_file_is_one_clear_error_and_the_old_page_stays(tmp_path, content, message):

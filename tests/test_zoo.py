@@ -301,6 +301,30 @@ def test_a_folder_of_another_generation_is_refused_with_what_is_missing(tmp_path
         assert not any(name.startswith("flowctr_zoo") for name in set(sys.modules) - before)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "embedded = self.embedding_layer(X)",
+            "embedded = self.embedding_layer(X, flat=1)",
+            r" in line 27 of .*'flat'",
+        ),
+        (
+            "    def forward",
+            "    def add_loss(self, inputs):\n        return 0\n\n    def forward",
+            r": Attends.add_loss\(\)",
+        ),
+        ("self.model_to_device()", "self.to_device()", r" in line 23 of src/Attends.py: .* no attribute 'to_device'"),
+    ],
+)
+def test_a_folder_that_is_imported_but_does_not_run_is_refused(place, tmp_path, old, new, message):
+    """Such as FuxiCTR 2.0 and 2.1, which call the layers, and the loss, in other ways."""
+    assert ATTENTION.count(old) == 1
+    folder = write_folder(tmp_path / "Old", {**MODELS["Attends"], "Attends.py": ATTENTION.replace(old, new)})
+    with pytest.raises(ValueError, match=rf"{folder} does not run with .* fuxictr {fuxictr.__version__}{message}"):
+        run(place, "attends", f"zoo={folder}", f"model_root={tmp_path}")
+
+
 def test_a_folder_without_src_is_refused(tmp_path):
     for framework in ("torch", "tf"):
         write_folder(tmp_path / "DeepFM" / f"DeepFM_{framework}", {"__init__.py": ""})
@@ -546,6 +570,20 @@ def test_a_recurrent_model_gets_the_padding_that_it_assumes(place):
     log = (place / "pre" / "rows" / "remembers-s1.log").read_text()
     assert "Remembers wants sequences padded 'post': the padding is moved there" in log
     assert "padding is moved" not in (place / "post" / "post" / "remembers-s1.log").read_text()
+
+
+def test_packing_is_found_in_another_file_of_the_folder(place, tmp_path):
+    model, blocks = RECURRENT.split("from fuxictr.pytorch.models", 1)
+    files = {
+        "Remembers.py": "from .blocks import pack\nfrom torch import nn\nfrom fuxictr.pytorch.models"
+        + blocks.replace("pack_padded_sequence(", "pack("),
+        "blocks.py": model + "\ndef pack(*args, **kwargs):\n    return pack_padded_sequence(*args, **kwargs)\n",
+        "__init__.py": "from .Remembers import Remembers",
+    }
+    params = config.load(place / "config", "remembers")
+    train = build_h5(params)["train"]
+    remembers = zoo.models(write_folder(tmp_path / "Remembers", files))["Remembers"]
+    assert zoo.adapt(remembers, load_feature_map(params), params, train).forward is not remembers.forward
 
 
 @pytest.mark.parametrize(("dataset_id", "moved"), [("rows", False), ("post", True)])
