@@ -435,7 +435,7 @@ def write(path: Path, results: dict) -> None:
         bars.bar(np.arange(len(models)) + (i - len(names) / 2) * width, heights, width, label=name)
     bars.set_xticks(range(len(models)), list(models))
     bars.set_ylabel("rows/s of an epoch")
-    bars.legend(fontsize=7, ncols=2)
+    bars.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     intensity = np.logspace(-1, 3, 400)
     roofline.plot(intensity, np.minimum(rates["flops"], rates["bytes"] * intensity) / 1e12, color="black")
     for model, runs in models.items():
