@@ -123,6 +123,21 @@ def test_attention_equals_a_loop(num_queries, rotary):
             torch.testing.assert_close(out[row, n], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [T, layers.attention.SHORT + 1])
+def test_compiled_attention_is_the_same_over_few_and_many_tokens(tokens):
+    attention = layers.MultiHeadAttention(D, H)
+    x, mask = torch.randn(B, tokens, D), torch.rand(B, tokens) < 0.7
+    mask[0] = False
+    compiled_code = []
+
+    def backend(graph, _):
+        compiled_code.append(graph.code)
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(attention, backend=backend)(x, x, mask), attention(x, x, mask))
+    assert ["scaled_dot_product_attention" in code for code in compiled_code] == [tokens > layers.attention.SHORT]
+
+
 def test_attention_ignores_what_padded_tokens_hold():
     attention, mask = layers.MultiHeadAttention(D, H), random_mask()
     queries, tokens = torch.randn(B, N, D), torch.randn(B, T, D)

@@ -9,6 +9,10 @@ from flowctr.layers.learned import LearnedTokens
 from flowctr.layers.rope import rotate
 from torch import Tensor, nn
 
+# Tokens up to which compiled code writes the scores to memory: fused kernels work on blocks of 64 to 128 tokens, which
+# short sequences would leave mostly empty.
+SHORT = 64
+
 
 class MultiHeadAttention(nn.Module):
     """``softmax(Q K^T / sqrt(D/H)) V`` per head, then an output projection (Vaswani et al., 2017).
@@ -71,7 +75,11 @@ class MultiHeadAttention(nn.Module):
         else:
             q, k = self._queries_and_keys(queries, tokens, query_positions, token_positions)
             v = self._split(self.value(tokens))
-            heads = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+            if torch.compiler.is_compiling() and tokens.shape[1] <= SHORT:
+                weights = _weights(q, k, allowed)
+                heads = F.dropout(weights, dropout) @ v
+            else:
+                heads = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
         out = self.out(heads.transpose(1, 2).flatten(2))  # (B, N, D)
         return out if mask is None else out * mask.any(dim=1)[:, None, None]
 
@@ -89,8 +97,7 @@ class MultiHeadAttention(nn.Module):
         """
         key, value = (layer.weight.unflatten(0, (self.num_heads, -1)) for layer in (self.key, self.value))
         q = torch.einsum("bhnd,hde->bhne", q, key)  # (B, H, N, D)
-        scores = torch.einsum("bhne,bte->bhnt", q, tokens) / key.shape[1] ** 0.5
-        weights = (scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)).softmax(dim=-1)
+        weights = _softmax(torch.einsum("bhne,bte->bhnt", q, tokens) / key.shape[1] ** 0.5, allowed)
         weights = F.dropout(weights, dropout)
         read = torch.einsum("bhnt,bte->bhne", weights, tokens)  # (B, H, N, D)
         bias = self.value.bias.unflatten(0, (self.num_heads, 1, -1))
@@ -106,10 +113,9 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """Computes the attention weights that ``forward`` uses for the same arguments, ``(B, H, N, T)``."""
         q, k = self._queries_and_keys(queries, tokens, query_positions, token_positions)
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         if mask is None:
-            return scores.softmax(dim=-1)
-        return scores.masked_fill(~_allowed(mask), -torch.inf).softmax(dim=-1) * mask.any(dim=1)[:, None, None, None]
+            return _weights(q, k, None)
+        return _weights(q, k, _allowed(mask)) * mask.any(dim=1)[:, None, None, None]
 
     def _queries_and_keys(self, queries, tokens, query_positions, token_positions) -> tuple[Tensor, Tensor]:
         q, k = self._split(self.query(queries)), self._split(self.key(tokens))
@@ -126,6 +132,14 @@ class MultiHeadAttention(nn.Module):
 def _allowed(mask: Tensor) -> Tensor:
     """Broadcasts a key mask to ``(B, 1, 1, T)``; a row without a real key may read all, as softmax needs one."""
     return (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+def _weights(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
+    return _softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, allowed)
+
+
+def _softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    return (scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)).softmax(dim=-1)
 
 
 class AttentionPooling(nn.Module):
