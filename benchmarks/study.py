@@ -2,7 +2,8 @@
 
 A study is a folder laid out as BARS does, and this script fills it from its ``tuner_config.yaml``:
 
-    tuner_config.yaml   base_config, base_expid and tuner_space, as FuxiCTR's tuner has them; trials, seeds, variants
+    tuner_config.yaml   base_config, base_expid and tuner_space, as FuxiCTR's tuner has them; trials, seeds, variants;
+                        labels, for a model for one label: it is trained for each of them, and judged by all
     tuner_config.csv    one result line per trial, the best on the validation data first
     results.csv         one result line per seed of the best trial's settings; results/ has the files of these runs
     variants.csv        one result line per seed of every ablation and of every value of a sweep
@@ -12,7 +13,7 @@ A study is a folder laid out as BARS does, and this script fills it from its ``t
 
 Phase ``tune`` draws trials from the space; ``final`` runs the settings of the best one and ``variants`` these with one
 thing changed, each with every seed. A run whose result is there already, in the model's results/ or in the folder, is
-not repeated. ``write`` fills the folders from the results and needs no GPU.
+not repeated. ``write`` fills the folders from the results and needs no GPU, and no checkout of FuxiCTR for its models.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -41,10 +42,10 @@ METRICS = ("AUC", "gAUC", "logloss", "NE")
 # What runs.jsonl keeps of a result: enough to write everything again.
 KEPT = (
     *("expid", "model", "dataset_id", "seed", "started", "command", "config"),
-    *("labels", "metrics", "parameters", "speed", "peak_memory_bytes", "flops_per_row", "commit", "data"),
+    *("labels", "metrics", "parameters", "speed", "peak_memory_bytes", "flops_per_row", "commit", "data", "zoo"),
 )
 # Of a configuration: where it ran, and the columns of the data set, which its id names.
-NOT_KEPT = ("model_id", "model_root", "verbose", "gpu", "feature_cols")
+NOT_KEPT = ("model_id", "model_root", "verbose", "gpu", "zoo", "feature_cols")
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,32 @@ class Job:
     config_dir: Path
     expid: str
     seed: int
-    overrides: tuple[tuple[str, object], ...] = ()
+    overrides: tuple[tuple[str, object], ...] = field(default=(), hash=False)  # values may be lists
 
     @property
     def model_dir(self) -> Path:
         return self.config_dir.parent
 
     @property
+    def sets(self) -> list[str]:
+        return [f"{key}={json.dumps(value)}" for key, value in self.overrides]
+
+    @property
+    def command(self) -> list[str]:
+        """The command line, from the root of the repository; a folder without a script is run by ``flowctr run``."""
+        script = self.model_dir.relative_to(REPOSITORY) / "run_expid.py"
+        if (REPOSITORY / script).exists():
+            return ["python", str(script), *self.arguments]
+        return ["flowctr", "run", "--config", str(self.config_dir.relative_to(REPOSITORY)), *self.arguments]
+
+    @property
     def arguments(self) -> list[str]:
-        sets = [f"{key}={json.dumps(value)}" for key, value in self.overrides]
-        return ["--expid", self.expid, "--seed", str(self.seed), *(part for text in sets for part in ("--set", text))]
+        sets = [part for text in self.sets for part in ("--set", text)]
+        return ["--expid", self.expid, "--seed", str(self.seed), *sets]
+
+    def for_labels(self, labels: list[str]) -> list["Job"]:
+        """Gives a run for each label; the run itself if there are none."""
+        return [replace(self, overrides=(*self.overrides, ("label", label))) for label in labels] or [self]
 
     def result(self) -> dict | None:
         """Reads the newest result of this run, made with the configuration that it has now."""
@@ -73,16 +90,12 @@ class Job:
             if _what(shlex.split(result["command"])[2:]) == self.arguments:
                 wanted = wanted or self._config()
                 if all(result["config"].get(key) == value for key, value in wanted.items()):
-                    return {**result, "command": shlex.join(["python", self._script, *self.arguments])}
+                    return {**result, "command": shlex.join(self.command)}
         return None
-
-    @property
-    def _script(self) -> str:
-        return f"{self.model_dir.relative_to(REPOSITORY)}/run_expid.py"
 
     def _config(self) -> dict:
         """Gives the configuration as a result holds it, without what says where it ran."""
-        params = config.load(self.config_dir, self.expid, [*self.arguments[5::2], f"seed={self.seed}"])
+        params = config.read(self.config_dir, self.expid, [*self.sets, f"seed={self.seed}"])
         kept = {key: value for key, value in params.items() if key not in NOT_KEPT}
         return json.loads(json.dumps(experiment.portable(kept)))
 
@@ -93,7 +106,8 @@ class Job:
         # Trials of one experiment and seed would share a checkpoint.
         with tempfile.TemporaryDirectory(prefix="study-", dir=checkpoints) as scratch:
             where = ["--gpu", str(gpu), "--set", f"model_root={Path(scratch).relative_to(REPOSITORY)}"]
-            command = [sys.executable, self._script, *self.arguments, *where]
+            program = {"python": sys.executable, "flowctr": str(Path(sys.executable).with_name("flowctr"))}
+            command = [program[self.command[0]], *self.command[1:], *where]
             done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
         return f"{shlex.join(command)}\n{done.stderr[-2000:]}" if done.returncode else None
 
@@ -109,12 +123,18 @@ def _known_results(study: Path, results: Path, pattern: str) -> Iterator[dict]:
 
 def _what(arguments: list[str]) -> list[str]:
     """Leaves out the options that say where a run ran, not what it was."""
-    pairs = zip(arguments[::2], arguments[1::2])
-    return [part for pair in pairs if pair[0] != "--gpu" and not pair[1].startswith("model_root=") for part in pair]
+    pairs = [pair for pair in zip(arguments[::2], arguments[1::2]) if pair[0] not in ("--gpu", "--config")]
+    return [part for pair in pairs if not pair[1].startswith("model_root=") for part in pair]
 
 
 def jobs(folder: Path, phase: str) -> list[Job]:
-    """Lists the runs of one phase of a study; those after ``tune`` have the best trial's settings."""
+    """Lists the runs of one phase of a study, one for each label if it names labels."""
+    labels = read(folder)["labels"]
+    return [run for job in settings(folder, phase) for run in job.for_labels(labels)]
+
+
+def settings(folder: Path, phase: str) -> list[Job]:
+    """Lists what a phase has a result for; what comes after ``tune`` has the best trial's settings."""
     study = read(folder)
     config_dir, base, seeds = REPOSITORY / study["base_config"], study["base_expid"], study["seeds"]
     if phase == "tune":
@@ -123,21 +143,19 @@ def jobs(folder: Path, phase: str) -> list[Job]:
         return [Job(folder, config_dir, base, seeds[0], trial) for trial in chosen]
     best = dict(ranked(folder)[0][0].overrides)
     if phase == "final":
-        settings = [(base, best)]
+        chosen = [(base, best)]
     else:
-        settings = [(expid, _unless_ablated(best, study, expid)) for expid in study["ablations"]]
+        chosen = [(expid, _unless_ablated(best, study, expid)) for expid in study["ablations"]]
         sweeps = [(key, value) for key, values in study["sweeps"].items() for value in values]
-        settings += [(base, {**best, key: value}) for key, value in sweeps if best.get(key) != value]
+        chosen += [(base, {**best, key: value}) for key, value in sweeps if best.get(key) != value]
     return [
-        Job(folder, config_dir, expid, seed, tuple(overrides.items()))
-        for expid, overrides in settings
-        for seed in seeds
+        Job(folder, config_dir, expid, seed, tuple(overrides.items())) for expid, overrides in chosen for seed in seeds
     ]
 
 
 def _unless_ablated(best: dict, study: dict, expid: str) -> dict:
     """Leaves out the settings that an ablation itself changes."""
-    base, ablation = (config.load(REPOSITORY / study["base_config"], name) for name in (study["base_expid"], expid))
+    base, ablation = (config.read(REPOSITORY / study["base_config"], name) for name in (study["base_expid"], expid))
     return {key: value for key, value in best.items() if ablation.get(key) == base.get(key)}
 
 
@@ -148,25 +166,68 @@ def ranked(folder: Path) -> list[tuple[Job, dict]]:
 
 
 def results(folder: Path, phase: str) -> list[tuple[Job, dict]]:
-    """Gives the runs of a phase with their results, all of them or none."""
-    found = [(job, job.result()) for job in jobs(folder, phase)]
-    missing = [job for job, result in found if result is None]
+    """Gives the settings of a phase with their results, all of them or none."""
+    labels = read(folder)["labels"]
+    found = {job: job.result() for job in jobs(folder, phase)}
+    missing = [job for job, result in found.items() if result is None]
     if missing:
         sys.exit(
             f"{folder}: {len(missing)} of {len(found)} runs of phase {phase} have no result with this configuration in "
-            f"{missing[0].model_dir / 'results'}; run them first, as {shlex.join(missing[0].arguments)}"
+            f"{missing[0].model_dir / 'results'}; run them first, as {shlex.join(missing[0].command)}"
         )
-    return found
+    return [(job, joined([found[run] for run in job.for_labels(labels)])) for job in settings(folder, phase)]
+
+
+def final_results(folder: Path) -> list[dict]:
+    """Reads what the folder keeps of the best trial's settings: a result for each seed."""
+    labels, by_seed = read(folder)["labels"], {}
+    for path in sorted((folder / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        by_seed.setdefault(result["seed"], []).append(result)
+    order = {label: place for place, label in enumerate(labels)}
+    return [joined(sorted(runs, key=lambda run: order.get(run["labels"][0], 0))) for runs in by_seed.values()]
+
+
+def joined(runs: list[dict]) -> dict:
+    """Makes one result of runs for a label each, as a model for all of these labels has it; keeps them as ``runs``."""
+    if len(runs) == 1:
+        return runs[0]
+    metrics = {split: {} for split in runs[0]["metrics"]}
+    for split, joint in metrics.items():
+        by_label = {run["labels"][0]: run["metrics"][split] for run in runs}
+        joint.update({f"{label}_{name}": value for label, values in by_label.items() for name, value in values.items()})
+        for name in runs[0]["metrics"][split]:
+            values = [run[name] for run in by_label.values()]
+            joint[name] = None if None in values else float(np.mean(values))
+    flops = [run.get("flops_per_row") for run in runs]
+    # One after the other, the models take the sum of their times per row, and the memory of one.
+    seconds_per_row = sum(1 / run["speed"]["train_rows_per_second"] for run in runs)
+    memory = {where: [run["peak_memory_bytes"][where] for run in runs] for where in runs[0]["peak_memory_bytes"]}
+    return {
+        **runs[0],
+        "labels": [run["labels"][0] for run in runs],
+        "metrics": metrics,
+        "parameters": {what: sum(run["parameters"][what] for run in runs) for what in runs[0]["parameters"]},
+        "flops_per_row": None if None in flops else sum(flops),
+        "speed": {"train_rows_per_second": 1 / seconds_per_row},
+        "peak_memory_bytes": {where: None if None in sizes else max(sizes) for where, sizes in memory.items()},
+        "runs": runs,
+    }
+
+
+def runs_of(results: list[tuple[Job, dict]]) -> list[dict]:
+    """Lists the single runs of which results are made."""
+    return [run for _, result in results for run in result.get("runs", [result])]
 
 
 def all_results(folder: Path) -> dict[str, list[tuple[Job, dict]]]:
-    """Gives the runs of every phase with their results."""
+    """Gives the settings of every phase with their results."""
     return {"tune": ranked(folder), "final": results(folder, "final"), "variants": results(folder, "variants")}
 
 
 def read(folder: Path) -> dict:
     """Reads what a study is to run."""
-    return {"ablations": [], "sweeps": {}, **yaml.safe_load((folder / "tuner_config.yaml").read_text())}
+    return {"labels": [], "ablations": [], "sweeps": {}, **yaml.safe_load((folder / "tuner_config.yaml").read_text())}
 
 
 def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -> None:
@@ -197,13 +258,13 @@ def write(folder: Path) -> None:
     done = all_results(folder)
     for phase, name in (("tune", "tuner_config.csv"), ("final", "results.csv"), ("variants", "variants.csv")):
         if done[phase]:
-            (folder / name).write_text("".join(f"{experiment.result_line(result)}\n" for _, result in done[phase]))
-    kept = [{key: result[key] for key in KEPT if key in result} for phase in done.values() for _, result in phase]
+            (folder / name).write_text("".join(f"{experiment.result_line(run)}\n" for run in runs_of(done[phase])))
+    kept = [{key: run[key] for key in KEPT if key in run} for phase in done.values() for run in runs_of(phase)]
     for run in kept:
         run["config"] = {key: value for key, value in run["config"].items() if key not in NOT_KEPT}
     (folder / "runs.jsonl").write_text("".join(dict.fromkeys(f"{json.dumps(run)}\n" for run in kept)))
     (folder / "results").mkdir(exist_ok=True)
-    finals = {path.name: path for _, result in done["final"] for path in _files_of(result)}
+    finals = {path.name: path for run in runs_of(done["final"]) for path in _files_of(run)}
     for name, path in finals.items():
         if path.parent != folder / "results":
             shutil.copy(path, folder / "results" / name)
@@ -233,18 +294,21 @@ def page(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> str:
     study = read(folder)
     finals = [result for _, result in done["final"]]
     first = finals[0]
-    targets, sizes = targets_of(first), first["parameters"]
+    targets = targets_of(first)
     scenario = first["config"].get("scenario")
+    final_runs = runs_of(done["final"])
     parts = [
         f"# {study['base_expid']}",
-        f"{first['model']} on `{first['dataset_id']}`, seeds {', '.join(str(result['seed']) for result in finals)}, "
-        f"{first['hardware']['gpu']}, commit {' '.join(sorted({str(r['commit']) for r in finals}))}. "
-        f"{sizes['total']:,} parameters, {sizes['non_embedding']:,} of them outside of embedding tables.",
+        f"{first['model']}{' of FuxiCTR' if first.get('zoo') else ''} on `{first['dataset_id']}`, "
+        f"{'a model for each label, ' if study['labels'] else ''}"
+        f"seeds {', '.join(str(result['seed']) for result in finals)}, {first['hardware']['gpu'] or 'CPU'}, "
+        f"commit {' '.join(sorted({str(run['commit']) for run in final_runs}))}.",
         "## How to run it",
         "\n".join(
             [
+                *(_checkout(REPOSITORY / study["base_config"]) if first.get("zoo") else []),
                 f"    flowctr prepare {first['dataset_id']} --raw DOWNLOADED --out data/prepared/{first['dataset_id']}",
-                f"    {first['command']}",
+                *(f"    {run['command']}" for run in final_runs if run["seed"] == first["seed"]),
             ]
         ),
         "## Results",
@@ -256,25 +320,46 @@ def page(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> str:
         [t, *(spread([value_of(r, split, t, metric) for r in finals]) for split, metric in columns)] for t in targets
     ]
     parts.append(markdown(["", *map(" ".join, columns)], rows))
+    parts += ["## Cost", _cost(finals)]
     if done["variants"]:
         parts += [
             "## Ablations and sweeps",
             "Test data; one thing changed at a time, the same seeds.",
         ]
-        variants: dict[tuple, list[dict]] = {}
+        variants: dict[Job, list[dict]] = {}
         for job, result in done["final"] + done["variants"]:
-            variants.setdefault((job.expid, job.overrides), []).append(result)
+            variants.setdefault(replace(job, seed=0), []).append(result)
         parts.append(_variants_table(study, targets, variants, best=dict(done["tune"][0][0].overrides)))
     parts += [
         "## Tuning",
         f"{len(done['tune'])} trials drawn at random from [tuner_config.yaml](tuner_config.yaml), seed "
         f"{study['seeds'][0]}, ranked by `{study['select']}` on the validation data. All results above have the "
-        "settings of the first; the test data took no part in the choice.",
+        "settings of the first; the test data took no part in the choice."
+        + (" A trial is a run for each label, which the csv files list one by one." if study["labels"] else ""),
         _trials_table(study, done["tune"]),
     ]
     if (folder / "NOTES.md").exists():
         parts += ["## Notes", (folder / "NOTES.md").read_text().strip()]
     return "\n\n".join(parts) + "\n"
+
+
+def _checkout(config_dir: Path) -> list[str]:
+    """Quotes the commands of a config folder's page that bring the models' code."""
+    return [line for line in (config_dir / "README.md").read_text().splitlines() if line.startswith("    git ")]
+
+
+def _cost(finals: list[dict]) -> str:
+    """Shows what the model is and what its training took: the mean rate and the most memory of the runs."""
+    first, flops = finals[0], finals[0].get("flops_per_row")
+    rate = np.mean([result["speed"]["train_rows_per_second"] for result in finals])
+    memory = [result["peak_memory_bytes"] for result in finals]
+    peak = max(sizes["host"] if sizes["device"] is None else sizes["device"] for sizes in memory)
+    row = [f"{first['parameters'][what]:,}" for what in ("total", "non_embedding")]
+    row += ["–" if flops is None else f"{flops:,.0f}", f"{rate:,.0f}", f"{peak / 2**30:.2f}"]
+    columns = ["parameters", "outside of embedding tables", "FLOPs per row, forward", "training rows/s", "peak GiB"]
+    table = markdown(columns, [row])
+    joint = " The models for the labels count together, trained one after the other." if "runs" in first else ""
+    return f"Mean rate and highest memory of these runs, which may have shared their machine.{joint}\n\n{table}"
 
 
 def targets_of(result: dict) -> list[str]:
@@ -298,13 +383,13 @@ def spread(values: list[float | None]) -> str:
     return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
-def _variants_table(study: dict, targets: list[str], variants: dict[tuple, list[dict]], best: dict) -> str:
+def _variants_table(study: dict, targets: list[str], variants: dict[Job, list[dict]], best: dict) -> str:
     summary = targets[-1]
     rows = []
-    for (expid, overrides), results in variants.items():
-        changed = [(key, value) for key, value in overrides if best.get(key) != value]
+    for job, results in variants.items():
+        changed = [(key, value) for key, value in job.overrides if best.get(key) != value]
         what = ", ".join(f"{key} {value}" for key, value in changed) or "as tuned"
-        what = what if expid == study["base_expid"] else expid.removeprefix(f"{study['base_expid']}_")
+        what = what if job.expid == study["base_expid"] else job.expid.removeprefix(f"{study['base_expid']}_")
         auc = [spread([value_of(r, "test", target, "AUC") for r in results]) for target in targets[:-1]]
         means = [spread([value_of(r, "test", summary, metric) for r in results]) for metric in ("AUC", "gAUC")]
         size, seeds = results[0]["parameters"]["non_embedding"], len(results)

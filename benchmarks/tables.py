@@ -7,7 +7,7 @@ import numpy as np
 from flowctr.compare import best_marks
 from flowctr.metrics import LOG_METRICS
 from flowctr.results import NOT_SETTINGS, read_published
-from study import markdown, read, spread, targets_of, value_of
+from study import final_results, markdown, read, spread, targets_of, value_of
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -48,12 +48,7 @@ def studies(dataset_id: str) -> str:
     folders = [path.parent for path in HERE.glob("*/*/tuner_config.yaml")]
     folders = [folder for folder in folders if read(folder)["dataset_id"] == dataset_id]
     return _leaders(
-        {
-            f"[{folder.name}]({folder.relative_to(HERE)}/README.md)": [
-                json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))
-            ]
-            for folder in folders
-        }
+        {f"[{folder.name}]({folder.relative_to(HERE)}/README.md)": final_results(folder) for folder in folders}
     )
 
 

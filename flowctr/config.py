@@ -73,23 +73,8 @@ def load(
         ConfigError: With all mistakes: unknown and missing keys, wrong values, unknown experiment, data set or model.
     """
     config_dir = Path(config_dir).resolve()
-    changes, mistakes = _parse_overrides(overrides)
-    params = {**DEFAULTS, **read_experiment(config_dir, expid), "model_id": expid}
-    if isinstance(params.get("zoo"), str):
-        params["zoo"] = os.path.normpath(config_dir / params["zoo"])
-    dataset, model = {}, None
-    try:
-        if dataset_id := changes.get("dataset_id", params.get("dataset_id")):
-            dataset = read_dataset(dataset_id, config_dir)
-    except ConfigError as error:
-        mistakes.append(str(error))
-    mistakes += [
-        f"{key!r} is {params[key]!r} in the experiment and {value!r} in the data set; keep one of them"
-        for key, value in dataset.items()
-        if key not in changes and params.get(key) not in (None, value)
-    ]
-    params.update(dataset)
-    mistakes += _apply(changes, params)
+    params, dataset, mistakes = _merge(config_dir, expid, overrides)
+    model = None
     try:
         if params.get("model"):
             model = find_model(params, src)
@@ -99,6 +84,21 @@ def load(
     mistakes += _check_metrics(params, has_groups=bool(params.get("group_id")) or not dataset)
     if dataset:
         mistakes += _check_dataset(params)
+    _raise_all(mistakes, f"experiment {expid!r} of {config_dir}")
+    return _as_meant(params)
+
+
+def read(config_dir: str | Path, expid: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Reads the parameters of one experiment as `load` does, but does not check them: it needs no code of the model.
+
+    Args:
+        config_dir, expid, overrides: As for `load`.
+
+    Raises:
+        ConfigError: If there is no such experiment or data set, they contradict each other, or an override is none.
+    """
+    config_dir = Path(config_dir).resolve()
+    params, _, mistakes = _merge(config_dir, expid, overrides)
     _raise_all(mistakes, f"experiment {expid!r} of {config_dir}")
     return _as_meant(params)
 
@@ -160,6 +160,26 @@ def model_class(name: str, src: ModuleType | None = None) -> type[BaseModel]:
 
 
 # From files and the command line to one dict
+
+
+def _merge(config_dir: Path, expid: str, overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Merges experiment, data set and overrides; gives the settings of the data set alone, too, and all mistakes."""
+    changes, mistakes = _parse_overrides(overrides)
+    params, dataset = {**DEFAULTS, **read_experiment(config_dir, expid), "model_id": expid}, {}
+    if isinstance(params.get("zoo"), str):
+        params["zoo"] = os.path.normpath(config_dir / params["zoo"])
+    try:
+        if dataset_id := changes.get("dataset_id", params.get("dataset_id")):
+            dataset = read_dataset(dataset_id, config_dir)
+    except ConfigError as error:
+        mistakes.append(str(error))
+    mistakes += [
+        f"{key!r} is {params[key]!r} in the experiment and {value!r} in the data set; keep one of them"
+        for key, value in dataset.items()
+        if key not in changes and params.get(key) not in (None, value)
+    ]
+    params.update(dataset)
+    return params, dataset, mistakes + _apply(changes, params)
 
 
 class _Loader(yaml.SafeLoader):

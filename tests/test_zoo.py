@@ -408,6 +408,18 @@ def test_zoo_counts_from_the_config_folder_and_in_an_override_from_here(place, m
     assert params["zoo"] == str(place / "FuxiCTR" / "model_zoo" / "Attends")
 
 
+def test_an_experiment_is_read_without_the_folder_of_its_model(place, tmp_path):
+    changes = ["batch_size=7", "embedding_regularizer=1"]
+    params = config.load(place / "config", "towers", changes)
+    assert config.read(place / "config", "towers", changes) == params
+    absent = [*changes, f"zoo={tmp_path / 'absent'}"]
+    with pytest.raises(ConfigError, match="does not exist"):
+        config.load(place / "config", "towers", absent)
+    assert config.read(place / "config", "towers", absent) == {**params, "zoo": str(tmp_path / "absent")}
+    with pytest.raises(ConfigError, match="--set takes key=value; got 'seed'"):
+        config.read(place / "config", "towers", ["seed"])
+
+
 def test_command_line(place, monkeypatch):
     """--zoo overrides the configuration's, and nothing is written to FuxiCTR's folder."""
     monkeypatch.chdir(place)
