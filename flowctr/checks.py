@@ -196,8 +196,9 @@ KEY_CHECKS: dict[str, Check] = {
     "max_gradient_norm": _positive_number,
     "precision": _one_of(*PRECISIONS),
     "gradient_accumulation": _positive_integer,
-    "fused_regularizer": _boolean,  # these two are no regulariser and no activation, as their names have it
+    "fused_regularizer": _boolean,  # these are no regulariser, activation or embedding, as their names have it
     "activation_checkpointing": _boolean,
+    "reset_embeddings": _boolean,
     "learning_rate": _positive_number,
     "weight_decay": _non_negative_number,
     "search_weight_decay": _non_negative_number,

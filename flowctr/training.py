@@ -95,6 +95,8 @@ class Engine:
             statistics. Steps, and with them ``eval_steps`` and ``checkpoint_steps``, are updates.
         activation_checkpointing: Whether to compute the blocks' activations again in the backward pass instead of
             keeping them (see `acceleration.checkpoint_activations`); not with ``cuda_graphs``.
+        reset_embeddings: Whether each epoch but the first starts with new embedding tables, so that several epochs teach
+            the rest of the model while no table sees a row twice (see `weights.redraw_embeddings`).
         checkpoint_steps: Steps after which `fit` writes its resume file, besides the evaluations; None: only at those.
         loss_weight: How the losses of several labels add up: ``EQ`` sums them, a list has one weight for each label,
             ``UW`` learns the weights (see `UncertaintyLoss`).
@@ -132,6 +134,7 @@ class Engine:
         fused_regularizer: bool = False,
         gradient_accumulation: int = 1,
         activation_checkpointing: bool = False,
+        reset_embeddings: bool = False,
         checkpoint_steps: int | None = None,
         loss_weight: str | Sequence[float] = "EQ",
         tensorboard: bool = False,
@@ -146,6 +149,7 @@ class Engine:
         self.cuda_graphs = cuda_graphs
         self._precision = precision
         self._gradient_accumulation = gradient_accumulation
+        self._reset_embeddings = reset_embeddings
         self._checkpoint_steps = checkpoint_steps
         self._fused_regularizer = fused_regularizer
         self._penalties: list | None = None  # known once the model is complete
@@ -175,6 +179,8 @@ class Engine:
             raise ValueError(
                 f"gradient_accumulation={parts}: {name} has a train_step of its own, which takes one batch"
             )
+        if self._reset_embeddings and not weights.embedding_tables(self):
+            raise ValueError(f"reset_embeddings: {name} has no embedding tables; turn it off")
         if distributed.world_size() > 1 and self.cuda_graphs:
             raise ValueError("cuda_graphs cannot capture a step that several processes take together; turn it off")
         if distributed.world_size() > 1 and super().train_step.__func__ is not BaseModel.train_step:
@@ -430,6 +436,8 @@ class Engine:
     def _begin_epoch(self, epochs: int) -> None:
         logging.info("************ Epoch=%d start ************", self._epoch_index + 1)
         self._epoch_rows = 0
+        if self._reset_embeddings and self._epoch_index > 0:
+            weights.redraw_embeddings(self)
         if hasattr(self, "start_epoch"):
             self.start_epoch(self._epoch_index, epochs)
 

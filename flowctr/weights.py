@@ -1,11 +1,14 @@
-"""A model's weights on disk: written whole or not at all, read only where they fit."""
+"""A model's weights: on disk, written whole or not at all, read only where they fit; and tables that start anew."""
 
 import os
 import pickle
 from pathlib import Path
 
 import torch
+from flowctr import distributed
+from fuxictr.pytorch.layers import FeatureEmbeddingDict
 from fuxictr.pytorch.models import BaseModel
+from torch import nn
 
 
 def save(model: BaseModel, path: Path) -> None:
@@ -60,3 +63,29 @@ def load(model: BaseModel, path: str | Path) -> None:
             f"{len(differences)} weights differ: {'; '.join(differences[:5])}"
         )
     model.load_state_dict(weights)
+
+
+def embedding_tables(model: BaseModel) -> list[nn.Parameter]:
+    """Lists the embedding tables of a model, those in FuxiCTR's ``FeatureEmbeddingDict``, each once."""
+    owners = [module for module in model.modules() if isinstance(module, FeatureEmbeddingDict)]
+    tables = [module.weight for owner in owners for module in owner.modules() if isinstance(module, nn.Embedding)]
+    return list(dict.fromkeys(tables))
+
+
+@torch.no_grad()
+def redraw_embeddings(model: BaseModel) -> None:
+    """Draws the embedding tables as at first, and lets the optimiser forget them.
+
+    Rare ids make tables overfit at once when a row comes a second time, while the layers behind them could still learn
+    (Liu et al., "Multi-epoch learning for deep click-through rate prediction models", 2023,
+    https://arxiv.org/abs/2305.19531). Everything is overwritten in place, where a captured step reads it.
+    """
+    for module in model.modules():
+        if isinstance(module, FeatureEmbeddingDict):
+            module.init_weights()
+    tables = embedding_tables(model)
+    distributed.broadcast(tables)
+    for table in tables:
+        for value in model.optimizer.state.get(table, {}).values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()

@@ -485,6 +485,63 @@ def test_a_model_hears_of_each_epoch_before_it(tmp_path):
     assert 1 < len(stopped.epochs) == len(stopped.history["valid"]) < 50
 
 
+# New embedding tables
+
+
+class Remembering(SingleTask):
+    """Remembers at the start of each epoch its weights, and what the optimiser knows of the tables."""
+
+    def __init__(self, feature_map, **kwargs):
+        super().__init__(feature_map, **kwargs)
+        self.starts = []
+
+    def start_epoch(self, epoch, epochs):
+        tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        known = [value for table in tables for value in self.optimizer.state.get(table, {}).values()]
+        self.starts.append(({name: value.clone() for name, value in self.state_dict().items()}, sum_of_squares(known)))
+
+
+def sum_of_squares(tensors):
+    return sum(float(torch.as_tensor(tensor).double().square().sum()) for tensor in tensors)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_reset_embeddings_draws_the_tables_anew_for_each_later_epoch(tmp_path, reset):
+    model = build(Remembering, tmp_path, reset_embeddings=reset, save_best_only=False, learning_rate=0.05)
+    ended, train_epoch = [], model.train_epoch
+
+    def remember_end(data):
+        train_epoch(data)
+        ended.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    model.train_epoch = remember_end
+    train(model, epochs=3)
+    tables = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    assert len(model.starts) == 3 == len(tables)
+    for (weights, known), before in zip(model.starts[1:], ended):
+        assert (known == 0) is reset
+        for name, value in weights.items():
+            is_new = reset and name in tables
+            assert torch.equal(value, before[name]) is not is_new, name
+            if is_new:  # as at first: FuxiCTR's N(0, 1e-4), and zero for the padding
+                assert not torch.equal(value, model.starts[0][0][name]) and value[0].count_nonzero() == 0
+                assert 0.5e-4 < value[1:].std() < 2e-4 < before[name].std()
+
+
+def test_reset_embeddings_needs_tables(tmp_path):
+    with pytest.raises(ValueError, match="reset_embeddings: Tableless has no embedding tables; turn it off"):
+        build(Tableless, tmp_path, feature_map=feature_map_of(SingleTask), reset_embeddings=True)
+
+
+class Tableless(BaseModel):
+    """Reads a number."""
+
+    def __init__(self, feature_map, **kwargs):
+        super().__init__(feature_map, gpu=-1, **kwargs)
+        self.linear = nn.Linear(1, 1)
+        self.compile("adam", "binary_crossentropy", 0.01)
+
+
 # Loss weights
 
 
