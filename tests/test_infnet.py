@@ -58,6 +58,9 @@ VARIANTS = [
     {"version": "v2", "broadcast": "none", "head_input": "hub"},
     {"version": "v2", "task_blind": True},
     {"version": "v2", "head_input": "both"},
+    {"version": "v1", "head_input": "all"},
+    {"version": "v2", "head_input": "all"},
+    {"version": "v2", "broadcast": "none", "head_input": "all"},
     {"version": "v2", "bgu_expansion": 0},
     {"version": "v2", "hubs_per_behavior": 2},
 ]
@@ -203,7 +206,7 @@ def v1_reference(model, batch, row):
     c, events, t = groups_of(model, batch, row)
     s = events["watch"] + events["like"]
     hubs = {"tasks": list(model.initial_hubs["tasks"].shared.weight)}
-    if len(model.blocks) > 1:  # a single block reads no other hubs
+    if "fields" in model.initial_hubs:  # a single block reads no other hubs
         hubs["fields"] = list(mlp(model.initial_hubs["fields"].mlp, torch.cat(c)).split(8))
         phi = model.initial_hubs["sequence"].shared
         hubs["sequence"] = [sum((dense(phi, e) for e in steps), torch.zeros(8)) for steps in events.values()]
@@ -223,7 +226,11 @@ def v1_reference(model, batch, row):
         for group, unit in block.broadcast.units.items():
             gate = torch.sigmoid(mlp(unit.mlp, torch.cat(hubs[group])))
             tokens[group] = [layer_norm(block.broadcast.norms[group], x + x * gate) for x in tokens[group]]
-    return tokens["tasks"]
+    return with_hubs(tokens["tasks"], hubs) if model.head_input == "all" else tokens["tasks"]
+
+
+def with_hubs(tokens, hubs):
+    return [torch.cat([token, *hubs["fields"], *hubs["sequence"]]) for token in tokens]
 
 
 def v2_first_hubs(model, fields, events):
@@ -270,6 +277,8 @@ def v2_reference(model, batch, row):
             alpha, beta = mlp(unit.mlp, torch.cat(hubs[group])).split(8)
             norm = block.broadcast.norms[group]
             tokens[group] = [layer_norm(norm, x + x * torch.sigmoid(alpha) + beta) for x in tokens[group]]
+    if model.head_input == "all":
+        return with_hubs(tokens["tasks"], hubs)
     return hubs["tasks"][: len(t)] if model.head_input == "hub" else tokens["tasks"]
 
 
@@ -283,6 +292,8 @@ def v2_reference(model, batch, row):
         ({"version": "v2", "aggregation": "views_sum"}, v2_reference),
         ({"version": "v2", "aggregation": "union"}, v2_reference),
         ({"version": "v2", "broadcast": "none", "head_input": "hub"}, v2_reference),
+        ({"version": "v1", "head_input": "all"}, v1_reference),
+        ({"version": "v2", "head_input": "all"}, v2_reference),
     ],
     ids=lambda value: ", ".join(value.values()) if isinstance(value, dict) else "",
 )
@@ -474,6 +485,8 @@ def test_no_argument_is_left_untested():
         ({"num_heads": 3}, "num_heads must divide dim; got num_heads=3, dim=8"),
         ({"broadcast": "none"}, "set head_input='hub'"),
         ({"version": "v1", "head_input": "hub"}, "head_input='hub' needs v2's task hubs"),
+        ({"head_input": "all", "aggregation": "all_to_all"}, "head_input='all' reads task tokens and hubs"),
+        ({"head_input": "all", "task_blind": True}, "and task_blind=True"),
         ({"gate_hubs": "previous"}, "gate_hubs='previous' is v1's formula"),
         ({"aggregation": "all_to_all", "task_blind": True}, "use another aggregation"),
         ({"behaviors": {"share": ["share_item"]}}, "'share_item', which is not a sequence"),

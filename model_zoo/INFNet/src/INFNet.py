@@ -11,6 +11,8 @@ Differs from the papers:
   * Columns of one behaviour become one token per event; its bucketised time gap is one of these columns, which adds
     the relative time embedding of v2 through the event's linear map.
   * The last block builds only what the head reads; attention over a single token is that token's value.
+  * ``head_input: all`` lets the heads read the field and sequence hubs beside their token, which is all they read in
+    the papers; off by default.
 """
 
 import warnings
@@ -54,7 +56,7 @@ BROADCASTS = ("pgu", "bgu", "none")
 HUB_INITS = ("mlp", "mean", "random")
 SEQUENCE_POOLINGS = ("shared_sum", "typed_mean")
 GATE_HUBS = ("refined", "previous")
-HEAD_INPUTS = ("token", "hub", "both")
+HEAD_INPUTS = ("token", "hub", "both", "all")
 
 
 class INFNet(MultiTaskModel):
@@ -85,7 +87,8 @@ class INFNet(MultiTaskModel):
         gate_hubs: Hubs that drive a block's broadcast: ``refined`` in this block, or the ``previous`` ones.
         bgu_expansion: Hidden width of the BGU's MLP in units of D; 0: one linear map.
         residual: Residual and LayerNorm around both stages; False: v1's equations as printed.
-        head_input: What a head reads: its task ``token``, its task ``hub`` or ``both``.
+        head_input: What a head reads: its task ``token``, its task ``hub``, ``both``; or ``all``: its token and all field
+            and sequence hubs.
         task_blind: Ablation: no task tokens; all heads read the field and sequence hubs.
         attention_dropout: Dropout on attention weights.
         head_hidden_units: Hidden widths of each head.
@@ -168,7 +171,8 @@ class INFNet(MultiTaskModel):
             check_positive(bgu_expansion=bgu_expansion)
         _check_heads_are_fed(use.aggregation, use.broadcast, gate_hubs, head_input, task_blind)
         self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
-        self.task_blind, self.head_input, self.late_fusion = task_blind, head_input, use.aggregation == "none"
+        self.task_blind, self.head_input = task_blind, head_input
+        self.reads_hubs = task_blind or head_input == "all" or use.aggregation == "none"  # those of fields and events
         dim, labels, num_fields = embedding_dim, feature_map.labels, self.tokens.num_fields
         sizes = {"tasks": 0 if task_blind else len(labels), "fields": num_fields, "sequence": self.tokens.max_len}
         sizes = {group: size for group, size in sizes.items() if size}
@@ -193,10 +197,10 @@ class INFNet(MultiTaskModel):
         if "tasks" in sizes:
             self.task_tokens = LearnedTokens(len(labels), dim)
         pooled_groups = [group for group in ("fields", "sequence") if group in sizes]
-        hubs_read = pooled_groups if task_blind or self.late_fusion else ["tasks"] if head_input != "token" else []
+        hubs_read = pooled_groups if self.reads_hubs else ["tasks"] if head_input != "token" else []
         plan, initial_hubs = plan_blocks(
             list(sizes),
-            0 if self.late_fusion else num_blocks,
+            0 if use.aggregation == "none" else num_blocks,
             broadcasts=use.broadcast != "none" and use.aggregation != "all_to_all",
             gates_follow=gate_hubs == "refined",
             head_reads_tokens=not task_blind and head_input != "hub",
@@ -222,7 +226,7 @@ class INFNet(MultiTaskModel):
         pooled_width = sum(num_hubs[group] for group in pooled_groups) * dim
         token_width = dim * (1 + (head_input == "both"))
         self.heads = TaskHeads(
-            pooled_width if task_blind else token_width + pooled_width * self.late_fusion,
+            pooled_width if task_blind else token_width + pooled_width * self.reads_hubs,
             labels,
             head_hidden_units,
             self.output_activation,
@@ -262,7 +266,7 @@ class INFNet(MultiTaskModel):
 
     def head_inputs(self, tokens, hubs):
         """Gives each head its input, ``(B, K, width)``, or ``(B, width)`` where all heads read the same."""
-        if self.task_blind or self.late_fusion:
+        if self.reads_hubs:
             pooled = torch.cat([hubs[group] for group in ("fields", "sequence") if group in hubs], dim=1).flatten(1)
             if self.task_blind:
                 return pooled
@@ -304,7 +308,12 @@ class INFNet(MultiTaskModel):
 
 def _check_heads_are_fed(aggregation, broadcast, gate_hubs, head_input, task_blind):
     has_task_hubs = aggregation in ("views", "views_sum", "union")
-    if head_input != "token" and (task_blind or not has_task_hubs):
+    if head_input == "all" and (task_blind or aggregation == "all_to_all"):
+        raise ValueError(
+            "head_input='all' reads task tokens and hubs; "
+            f"got aggregation={aggregation!r}, which has hubs unless it is 'all_to_all', and task_blind={task_blind}"
+        )
+    if head_input in ("hub", "both") and (task_blind or not has_task_hubs):
         raise ValueError(
             f"head_input={head_input!r} needs v2's task hubs; got aggregation={aggregation!r}, task_blind={task_blind}"
         )
