@@ -95,8 +95,8 @@ class Engine:
             statistics. Steps, and with them ``eval_steps`` and ``checkpoint_steps``, are updates.
         activation_checkpointing: Whether to compute the blocks' activations again in the backward pass instead of
             keeping them (see `acceleration.checkpoint_activations`); not with ``cuda_graphs``.
-        reset_embeddings: Whether each epoch but the first starts with new embedding tables, so that several epochs teach
-            the rest of the model while no table sees a row twice (see `weights.redraw_embeddings`).
+        reset_embeddings: Whether each epoch but the first starts with new embedding tables, so that several epochs
+            teach the rest of the model while no table sees a row twice (see `weights.redraw_embeddings`).
         checkpoint_steps: Steps after which `fit` writes its resume file, besides the evaluations; None: only at those.
         loss_weight: How the losses of several labels add up: ``EQ`` sums them, a list has one weight for each label,
             ``UW`` learns the weights (see `UncertaintyLoss`).

@@ -87,8 +87,8 @@ class INFNet(MultiTaskModel):
         gate_hubs: Hubs that drive a block's broadcast: ``refined`` in this block, or the ``previous`` ones.
         bgu_expansion: Hidden width of the BGU's MLP in units of D; 0: one linear map.
         residual: Residual and LayerNorm around both stages; False: v1's equations as printed.
-        head_input: What a head reads: its task ``token``, its task ``hub``, ``both``; or ``all``: its token and all field
-            and sequence hubs.
+        head_input: What a head reads: its task ``token``, its task ``hub``, ``both``; or ``all``: its token and all
+            field and sequence hubs.
         task_blind: Ablation: no task tokens; all heads read the field and sequence hubs.
         attention_dropout: Dropout on attention weights.
         head_hidden_units: Hidden widths of each head.
