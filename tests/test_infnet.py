@@ -63,6 +63,7 @@ VARIANTS = [
     {"version": "v2", "broadcast": "none", "head_input": "all"},
     {"version": "v2", "bgu_expansion": 0},
     {"version": "v2", "hubs_per_behavior": 2},
+    {"version": "v1", "head_input": "all", "target_matches": True},
 ]
 NAMES = [", ".join(str(value) for value in variant.values()) for variant in VARIANTS]
 
@@ -411,6 +412,7 @@ def test_an_ablation_changes_the_architecture_and_nothing_else(base, expid):
 
 
 CHANGES = {
+    "target_matches": True,
     "task": "regression",
     "behaviors": {"watch": ["watch_item", "watch_author"]},
     "embedding_dim": 12,

@@ -273,6 +273,7 @@ def test_non_embedding_parameters_of_the_default_model(categorical, columns, num
 
 
 CHANGES = {
+    "target_matches": True,
     "behaviors": {"watch": ["watch_item", "watch_author"]},
     "embedding_dim": 12,
     "embedding_initializer": "partial(nn.init.normal_, std=0.1)",

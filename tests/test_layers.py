@@ -268,6 +268,45 @@ def test_tokens_are_what_the_tables_hold():
     torch.testing.assert_close(tokens.append_pooled(fields, events, masks), torch.cat([fields, *means], dim=1))
 
 
+@pytest.mark.parametrize("padding", ["pre", "post"])
+def test_target_matches_count_the_events_that_have_the_target(padding):
+    feature_map = toy_feature_map()
+    tokens = layers.FeatureTokens(feature_map, D, BEHAVIORS, target_matches=True)
+    batch = toy_batch(feature_map, rows=200, padding=padding)
+    for name in ("item", "author"):  # as many matches as there are in earnest
+        column = batch[f"watch_{name}"]
+        picked = column.gather(1, (torch.arange(200) % 8)[:, None])[:, 0]
+        batch[name] = torch.where((torch.arange(200) % 3 > 0) & (picked > 0), picked, batch[name])
+    rare = VOCABULARY - 1  # one id for all that are rare
+    batch["item"][1] = batch["watch_item"][1, -1] = batch["watch_item"][1, 0] = rare
+    fields, _, _ = tokens(batch)
+    assert tokens.field_names == ["dense", "item", "author", "user", "watch matches", "like matches"]
+    assert fields.shape[1] == tokens.num_fields == 6
+    matched = 0
+    for row in range(200):
+        for place, (behavior, columns) in zip((4, 5), BEHAVIORS.items()):
+            real = [t for t in range(8) if any(batch[column][row, t] for column in columns)]
+            counts, latest = [math.log1p(len(real))], []
+            for column in columns:
+                target = batch[column.partition("_")[2]][row]
+                ages = [len(real) - k for k, t in enumerate(real) if batch[column][row, t] == target != rare]
+                matched += len(ages) > 1
+                counts.append(math.log1p(len(ages)))
+                latest.append(1 / min(ages) if ages else 0)
+            expected = linear(tokens.matches[behavior].linear, torch.tensor(counts + latest, dtype=torch.float64))
+            torch.testing.assert_close(fields[row, place].double(), expected, atol=1e-6, rtol=1e-5)
+    assert matched > 10
+
+
+def test_target_matches_need_a_history_that_shares_a_table():
+    feature_map = toy_feature_map()
+    for spec in feature_map.features.values():
+        if spec["type"] == "sequence":
+            del spec["share_embedding"]
+    with pytest.raises(ValueError, match="target_matches: no sequence of data set 'toy' shares the embedding"):
+        layers.FeatureTokens(feature_map, D, BEHAVIORS, target_matches=True)
+
+
 def test_shared_tables_are_shared_whatever_the_order_of_the_feature_map():
     feature_map = toy_feature_map()
     feature_map.features = type(feature_map.features)(reversed(feature_map.features.items()))

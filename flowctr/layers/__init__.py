@@ -21,6 +21,7 @@ from flowctr.layers.learned import LearnedTokens
 from flowctr.layers.lora import LoRAUnits
 from flowctr.layers.masknet import MaskNet
 from flowctr.layers.masks import masked_mean, right_align
+from flowctr.layers.matches import MatchToken
 from flowctr.layers.options import check_options, check_positive
 from flowctr.layers.per_token import PerTokenLinear
 from flowctr.layers.pffn import PersonalizedFFN
@@ -43,6 +44,7 @@ __all__ = [
     "LinearCompressedEmbedding",
     "LoRAUnits",
     "MaskNet",
+    "MatchToken",
     "MultiHeadAttention",
     "PerTokenLinear",
     "PersonalizedFFN",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from flowctr.layers.masks import masked_mean, right_align
+from flowctr.layers.matches import MatchToken
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.layers import FeatureEmbeddingDict
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class FeatureTokens(nn.Module):
     * All numeric fields together become one dense token, ``Linear(values)``.
     * Every other field that is not ``meta`` becomes a token: categorical ones by their table, ``embedding`` ones by a
       linear map, remaining sequences pooled by their feature encoder (the mean unless the data set names one).
+    * With ``target_matches``, every behaviour whose columns share tables with fields adds a token of how its events
+      match these fields, the target (`MatchToken`).
 
     The tables live in FuxiCTR's ``FeatureEmbeddingDict``, which its ``embedding_regularizer`` looks for. A column
     whose own ``embedding_dim`` differs from the token width gets a linear map to it.
@@ -31,11 +34,12 @@ class FeatureTokens(nn.Module):
         dim: Token width D.
         behaviors: Behaviour name -> its columns; none: every sequence column is a behaviour of its own.
         embedding_initializer: FuxiCTR's initialiser string of the tables.
+        target_matches: Whether to add the tokens of what matches the target.
 
     Raises:
         ValueError: If ``behaviors`` names a column that is not a sequence of the data set, names one twice, or aligns
-            columns of different ``max_len``; if there is no field to make a token of; or if a column shares the
-            embedding of one that does not exist.
+            columns of different ``max_len``; if there is no field to make a token of; if a column shares the embedding
+            of one that does not exist; or if ``target_matches`` finds none that shares a field's.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class FeatureTokens(nn.Module):
         dim: int,
         behaviors: Mapping[str, Sequence[str]] | None = None,
         embedding_initializer: str = "partial(nn.init.normal_, std=1e-4)",
+        target_matches: bool = False,
     ):
         super().__init__()
         specs = feature_map.features
@@ -68,18 +73,38 @@ class FeatureTokens(nn.Module):
         self.resize = nn.ModuleDict(
             {name: nn.Linear(width, dim, bias=False) for name, width in widths.items() if width != dim}
         )
+        self.targets = self._targets(feature_map) if target_matches else {}
+        if target_matches and not self.targets:
+            raise ValueError(
+                f"target_matches: no sequence of data set {feature_map.dataset_id!r} shares the embedding of a field"
+            )
+        self.matches = nn.ModuleDict({behavior: MatchToken(len(own), dim) for behavior, own in self.targets.items()})
+        self.rare_ids = {name: specs[name]["vocab_size"] - 1 for own in self.targets.values() for name in own.values()}
         self.num_columns = len(columns)
         self.max_len = max((specs[column]["max_len"] for column in columns), default=0)
 
     @property
     def num_fields(self) -> int:
-        """Number of field tokens N: the dense token, if any, and one per other field."""
-        return len(self.fields) + (self.dense is not None)
+        """Number of field tokens N: the dense token, if any, one per other field, and those of what matches."""
+        return len(self.field_names)
 
     @property
     def field_names(self) -> list[str]:
         """Names of the field tokens in their order."""
-        return (["dense"] if self.dense is not None else []) + self.fields
+        names = (["dense"] if self.dense is not None else []) + self.fields
+        return names + [f"{behavior} matches" for behavior in self.matches]
+
+    def _targets(self, feature_map: FeatureMap) -> dict[str, dict[str, str]]:
+        """Finds, for each behaviour, the columns that share a field's table, and that field."""
+        targets = {
+            behavior: {column: _table_owner(feature_map, column) for column in columns}
+            for behavior, columns in self.behaviors.items()
+        }
+        shared = {
+            behavior: {column: owner for column, owner in owners.items() if owner in self.fields}
+            for behavior, owners in targets.items()
+        }
+        return {behavior: owners for behavior, owners in shared.items() if owners}
 
     def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Embeds the inputs.
@@ -102,7 +127,18 @@ class FeatureTokens(nn.Module):
         if self.dense is not None:
             values = torch.stack([inputs[name].flatten() for name in self.numeric], dim=1)  # (B, numeric fields)
             tokens.insert(0, self.dense(values.to(self.dense.weight.dtype)))
+        for behavior, match in self.matches.items():
+            tokens.append(match(self._matches(behavior, aligned, inputs), masks[behavior]))
         return torch.stack(tokens, dim=1), events, masks
+
+    def _matches(self, behavior: str, aligned: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        """Compares a behaviour's events with the target, ``(B, T, columns that share a field's table)``."""
+        matches = []
+        for column, field in self.targets[behavior].items():
+            target = inputs[field].long().view(-1, 1)  # (B, 1)
+            known = (target != 0) & (target != self.rare_ids[field])  # the last id stands for all rare ones
+            matches.append((aligned[column] == target) & known)
+        return torch.stack(matches, dim=-1)
 
     def append_pooled(self, fields: Tensor, events: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
         """Appends the mean of every sequence column's real events to the field tokens, ``(B, N + columns, D)``."""

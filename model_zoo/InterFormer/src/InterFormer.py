@@ -11,6 +11,7 @@ Differs from the paper:
     ``sequence_residual: false`` is the formula.
   * MaskNet's mask starts at one (its output bias), so that the sequence has a signal at FuxiCTR's embedding scale.
   * Several labels get one head each on the same summaries; the paper predicts one.
+  * ``target_matches`` gives the fields a token of how each behaviour's events match the target; off by default.
   * Histories of several behaviours are aligned at their most recent event before they are concatenated per step.
 """
 
@@ -53,6 +54,7 @@ class InterFormer(MultiTaskModel):
         behaviors: Behaviour name -> aligned sequence columns; none: every sequence column by itself.
         embedding_dim: Token width D.
         embedding_initializer: FuxiCTR's initialiser of the embedding tables.
+        target_matches: Whether the fields get a token of how each behaviour's events match the target.
         num_layers: Layers L.
         num_cls: CLS tokens; they are the summary X_sum, so this is n_sum as well.
         num_pma: Tokens pooled by multi-head attention.
@@ -96,6 +98,7 @@ class InterFormer(MultiTaskModel):
         behaviors=None,
         embedding_dim=64,
         embedding_initializer="partial(nn.init.normal_, std=1e-4)",
+        target_matches=False,
         num_layers=3,
         num_cls=4,
         num_pma=2,
@@ -146,7 +149,7 @@ class InterFormer(MultiTaskModel):
                 "rotary positions need an even width per head; "
                 f"got embedding_dim={embedding_dim}, num_heads={num_heads}"
             )
-        self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
+        self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer, target_matches)
         if not self.tokens.behaviors:
             raise ValueError(f"InterFormer needs a sequence feature; data set {feature_map.dataset_id!r} has none")
         self.flow = flow
