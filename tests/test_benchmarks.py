@@ -41,13 +41,13 @@ def test_the_page_is_what_the_result_files_say(tables):
 
 def test_what_was_run_from_here_is_not_published(tables, tmp_path, monkeypatch):
     """Runs of the baselines' configurations write to the folder ``results``."""
-    result = json.loads(next(BENCHMARKS.glob("HSTU/*.json")).read_text())
-    for folder, seed in (("HSTU", 1), ("results", 2)):
+    result = json.loads(next(BENCHMARKS.glob("STEM/*.json")).read_text())
+    for folder, seed in (("STEM", 1), ("results", 2)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "run.json").write_text(json.dumps({**result, "seed": seed}))
     monkeypatch.setattr(tables, "HERE", tmp_path)
     assert f"| {result['expid']} | 1 |" in tables.table(f"experiments {result['dataset_id']}")
-    assert tables.table(result["dataset_id"]).count("| HSTU |") == 1
+    assert tables.table(result["dataset_id"]).count("| STEM |") == 1
 
 
 def test_a_row_has_the_numbers_of_its_file(tables):
@@ -124,7 +124,7 @@ def baseline(study, tmp_path, monkeypatch):
 
 def _run_as(job, number):
     """Writes a result as a run of a job does, on a GPU of its choice and with a folder of its own for checkpoints."""
-    like = json.loads(next(BENCHMARKS.glob("HSTU/*.json")).read_text())
+    like = json.loads(next(BENCHMARKS.glob("STEM/*.json")).read_text())
     settings = dict(job.overrides)
     label = settings["label"]
     auc = AUCS[settings["embedding_dim"]][label]

@@ -3,13 +3,13 @@
     python benchmarks/speed/training.py --gpu 0                            # AmazonElectronics_x1's shape
     python benchmarks/speed/training.py                                    # a small size on two CPU cores: minutes
     python benchmarks/speed/training.py --gpu 0 --zoo FuxiCTR/model_zoo    # and FuxiCTR's own models, unchanged
-    python benchmarks/speed/training.py --gpu 0 --models DIN --zoo FuxiCTR/model_zoo --only plain all
+    python benchmarks/speed/training.py --gpu 0 --models DIN --zoo FuxiCTR/model_zoo --only plain all --profile
 
 "FuxiCTR" trains on its npz loader, "FuxiCTR, in memory" on batches that lie in memory; the engine always on its h5
 loader. All start from the same weights. "Loss difference" is the largest relative difference of the training curve from
 that of FuxiCTR on the same batches. "Limit" is the share of the rate that the machine's measured matrix products and
 copies would allow (see `limit`); "idle" is what an epoch loses against steps on batches that lie on the device. Writes
-results/training_<device>.json and .png.
+results/training_<device>.json and .png, and with --profile the time of each kernel, profile_<model>_<option>.txt.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import seed_everything
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import CATEGORIES, ITEMS, make_columns
@@ -140,6 +141,7 @@ def main() -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, help=f"{SIZES[True][name]}, {SIZES[False][name]} on the CPU"
         )
+    parser.add_argument("--profile", action="store_true", help="keep what each option spends its time on")
     parser.add_argument("--out", type=Path, help="training_cuda.json or training_cpu.json in results/")
     args = parser.parse_args()
     sizes = {name: getattr(args, name) or size for name, size in SIZES[args.gpu >= 0].items()}
@@ -289,6 +291,13 @@ def measure(model: str, feature_map: FeatureMap, args, name: str, options: dict 
         resident = Stopwatch(list(islice(data, RESIDENT)) * 3, RESIDENT, args.gpu)
         built.fit(resident, epochs=1)
         run["resident_rows_per_second"] = resident.steps_per_second() * args.batch_size
+    if not stock and args.profile:
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.gpu >= 0)
+        with profile(activities=activities) as profiled:
+            built.fit(list(islice(data, RESIDENT)), epochs=1)
+        table = profiled.key_averages().table(f"self_{'cuda' if args.gpu >= 0 else 'cpu'}_time_total", row_limit=40)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_name(f"profile_{model}_{name}.txt".replace(" ", "_")).write_text(table)
     if not stock:
         run["work"] = work_per_row(built, next(iter(h5_loader(feature_map, args, {}))))
     del built
