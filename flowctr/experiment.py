@@ -372,10 +372,15 @@ def _zoo_origin(params: Mapping[str, Any]) -> dict[str, str | None] | None:
 
 
 def _commit(folder: Path) -> str | None:
-    """The git commit of a checkout, with "-dirty" when tracked files differ from it; None for other folders."""
-    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The git commit of a folder, with "-dirty" when tracked files differ from it; None if no checkout tracks it."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, check=True).stdout
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not git("ls-files", "."):  # a copy that lies in a checkout of something else
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

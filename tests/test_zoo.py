@@ -476,6 +476,8 @@ def test_the_commit_of_the_checkout_is_recorded(place, tmp_path):
     head = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     result = run(place, "towers", f"zoo={folder}", "epochs=1", "seed=4")
     assert result["zoo"]["commit"] == head.stdout.strip()
+    copy = write_folder(tmp_path / "copied" / "Towers", MODELS["multitask/Towers"])  # that checkout does not track it
+    assert run(place, "towers", f"zoo={copy}", "epochs=1", "seed=5")["zoo"]["commit"] is None
 
 
 # Fields
