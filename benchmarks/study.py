@@ -297,11 +297,12 @@ def page(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> str:
     targets = targets_of(first)
     scenario = first["config"].get("scenario")
     final_runs = runs_of(done["final"])
+    devices = sorted({run["hardware"]["gpu"] or "CPU" for run in final_runs})
     parts = [
         f"# {study['base_expid']}",
         f"{first['model']}{' of FuxiCTR' if first.get('zoo') else ''} on `{first['dataset_id']}`, "
         f"{'a model for each label, ' if study['labels'] else ''}"
-        f"seeds {', '.join(str(result['seed']) for result in finals)}, {first['hardware']['gpu'] or 'CPU'}, "
+        f"seeds {', '.join(str(result['seed']) for result in finals)}, {' and '.join(devices)}, "
         f"commit {' '.join(sorted({str(run['commit']) for run in final_runs}))}.",
         "## How to run it",
         "\n".join(

@@ -385,6 +385,8 @@ class Engine:
 
     def _begin_fit(self, data_generator: Batches, validation_data: Batches | None, steps_per_epoch: int) -> None:
         """Forgets an earlier `fit`, and raises ValueError for what data and model cannot do."""
+        if self.device.type == "cpu":
+            acceleration.keep_freed_memory()
         self.history = {"train": [], "valid": []}
         self.restored = None
         self.base_rates = getattr(data_generator, "base_rates", None)

@@ -3,6 +3,9 @@
 import functools
 import importlib
 import math
+import platform
+import subprocess
+import sys
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -484,3 +487,40 @@ def test_the_same_weights_are_validated_once(tmp_path, monkeypatch, eval_steps):
     train(model, epochs=2)
     assert len(seen) == 14 // (eval_steps or 7)
     assert not any(torch.equal(a, b) for a, b in pairwise(seen))
+
+
+# Memory
+
+FREED = """
+from pathlib import Path
+import sys, torch
+from flowctr.acceleration import keep_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+before = resident()
+block = torch.ones(2**27, dtype=torch.uint8)
+del block
+print(resident() - before > 2**26)
+"""
+
+
+def test_freed_memory_is_kept_where_the_c_library_can(tmp_path):
+    def keeps(how):
+        done = subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True)
+        return done.stdout.strip() == "True"
+
+    assert not keeps("as ever")
+    assert keeps("kept") is (platform.libc_ver()[0] == "glibc")
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_training_on_the_cpu_keeps_freed_memory(tmp_path, monkeypatch, accelerated):
+    called = []
+    monkeypatch.setattr(acceleration, "keep_freed_memory", lambda: called.append(True))
+    (tmp_path / "toy").mkdir()
+    train(build(SingleTask, tmp_path, accelerated=accelerated), epochs=1)
+    assert bool(called) is accelerated
