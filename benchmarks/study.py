@@ -352,6 +352,7 @@ def _checkout(config_dir: Path) -> list[str]:
 def _cost(finals: list[dict]) -> str:
     """Shows what the model is and what its training took: the mean rate and the most memory of the runs."""
     first, flops = finals[0], finals[0].get("flops_per_row")
+    finals = [result for result in finals if result["hardware"]["gpu"] == first["hardware"]["gpu"]]
     rate = np.mean([result["speed"]["train_rows_per_second"] for result in finals])
     memory = [result["peak_memory_bytes"] for result in finals]
     peak = max(sizes["host"] if sizes["device"] is None else sizes["device"] for sizes in memory)
@@ -360,7 +361,8 @@ def _cost(finals: list[dict]) -> str:
     columns = ["parameters", "outside of embedding tables", "FLOPs per row, forward", "training rows/s", "peak GiB"]
     table = markdown(columns, [row])
     joint = " The models for the labels count together, trained one after the other." if "runs" in first else ""
-    return f"Mean rate and highest memory of these runs, which may have shared their machine.{joint}\n\n{table}"
+    device = first["hardware"]["gpu"] or "CPU"
+    return f"Mean rate and highest memory of the runs on the {device}, which may have shared it.{joint}\n\n{table}"
 
 
 def targets_of(result: dict) -> list[str]:

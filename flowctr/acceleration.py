@@ -247,8 +247,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> None:
     """Lets the C library keep large blocks that are freed, for the rest of the process, where it is glibc.
 
-    It gives them back to the system, which has to clear them again for the next step that takes as much: of a training
-    on the CPU with large batches that is over a third of the time. The price is a higher peak, by about a fifth.
+    It would give them back to the system, which has to clear them again for the next step that takes as much. The price
+    is a higher peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

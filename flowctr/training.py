@@ -179,8 +179,8 @@ class Engine:
             raise ValueError(
                 f"gradient_accumulation={parts}: {name} has a train_step of its own, which takes one batch"
             )
-        if self._reset_embeddings and not weights.embedding_tables(self):
-            raise ValueError(f"reset_embeddings: {name} has no embedding tables; turn it off")
+        if self._reset_embeddings:
+            weights.check_redrawable(self, in_place=self.cuda_graphs)
         if distributed.world_size() > 1 and self.cuda_graphs:
             raise ValueError("cuda_graphs cannot capture a step that several processes take together; turn it off")
         if distributed.world_size() > 1 and super().train_step.__func__ is not BaseModel.train_step:
@@ -439,7 +439,7 @@ class Engine:
         logging.info("************ Epoch=%d start ************", self._epoch_index + 1)
         self._epoch_rows = 0
         if self._reset_embeddings and self._epoch_index > 0:
-            weights.redraw_embeddings(self)
+            weights.redraw_embeddings(self, in_place=self._graphed_step is not None)
         if hasattr(self, "start_epoch"):
             self.start_epoch(self._epoch_index, epochs)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from flowctr import distributed
-from fuxictr.pytorch.layers import FeatureEmbeddingDict
+from fuxictr.pytorch.layers import FeatureEmbeddingDict, PretrainedEmbedding
 from fuxictr.pytorch.models import BaseModel
 from torch import nn
 
@@ -65,6 +65,10 @@ def load(model: BaseModel, path: str | Path) -> None:
     model.load_state_dict(weights)
 
 
+# Optimisers whose state is zero before the first step.
+START_AT_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.RAdam, torch.optim.SGD)
+
+
 def embedding_tables(model: BaseModel) -> list[nn.Parameter]:
     """Lists the embedding tables of a model, those in FuxiCTR's ``FeatureEmbeddingDict``, each once."""
     owners = [module for module in model.modules() if isinstance(module, FeatureEmbeddingDict)]
@@ -72,13 +76,31 @@ def embedding_tables(model: BaseModel) -> list[nn.Parameter]:
     return list(dict.fromkeys(tables))
 
 
+def check_redrawable(model: BaseModel, in_place: bool) -> None:
+    """Raises ValueError if `redraw_embeddings` cannot do it for a model."""
+    name, optimizer = type(model).__name__, model.optimizer
+    if not embedding_tables(model):
+        raise ValueError(f"reset_embeddings: {name} has no embedding tables; turn it off")
+    if any(isinstance(module, PretrainedEmbedding) for module in model.modules()):
+        raise ValueError(f"reset_embeddings: {name} has pretrained tables, which cannot be drawn anew; turn it off")
+    if in_place and not isinstance(optimizer, START_AT_ZERO):
+        raise ValueError(
+            f"reset_embeddings with cuda_graphs cannot start {type(optimizer).__name__} anew in place; use adam, or "
+            "turn one of them off"
+        )
+
+
 @torch.no_grad()
-def redraw_embeddings(model: BaseModel) -> None:
+def redraw_embeddings(model: BaseModel, in_place: bool) -> None:
     """Draws the embedding tables as at first, and lets the optimiser forget them.
 
     Rare ids make tables overfit at once when a row comes a second time, while the layers behind them could still learn
     (Liu et al., "Multi-epoch learning for deep click-through rate prediction models", 2023,
-    https://arxiv.org/abs/2305.19531). Everything is overwritten in place, where a captured step reads it.
+    https://arxiv.org/abs/2305.19531).
+
+    Args:
+        model: The model, with its optimiser.
+        in_place: Whether to overwrite the optimiser's state, for a captured step, which goes on reading that memory.
     """
     for module in model.modules():
         if isinstance(module, FeatureEmbeddingDict):
@@ -86,6 +108,7 @@ def redraw_embeddings(model: BaseModel) -> None:
     tables = embedding_tables(model)
     distributed.broadcast(tables)
     for table in tables:
+        if not in_place:
+            model.optimizer.state.pop(table, None)
         for value in model.optimizer.state.get(table, {}).values():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
+            value.zero_()

@@ -493,11 +493,11 @@ def test_the_same_weights_are_validated_once(tmp_path, monkeypatch, eval_steps):
 
 FREED = """
 from pathlib import Path
-import sys, torch
+import resource, sys, torch
 from flowctr.acceleration import keep_freed_memory
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 if sys.argv[1] == "kept":
     keep_freed_memory()

@@ -392,7 +392,13 @@ def test_without_aggregation_the_head_reads_the_task_token_and_the_first_hubs():
 
 EXPERIMENTS = [expid for expid in yaml.safe_load((CONFIG / "model_config.yaml").read_text()) if expid != "Base"]
 ABLATED = {f"INFNet_{version}_kuairand_pure_window": version for version in ("v1", "v2")}
-ABLATIONS = [(base, expid) for base in ABLATED for expid in EXPERIMENTS if expid.startswith(f"{base}_")]
+EXTENDED = "INFNet_v1_kuairand_pure_window_extended"
+ABLATIONS = [
+    (base, expid)
+    for base in ABLATED
+    for expid in EXPERIMENTS
+    if expid.startswith(f"{base}_") and not expid.startswith(EXTENDED)
+]
 
 
 def test_every_ablation_of_the_papers_is_there():
@@ -409,6 +415,14 @@ def test_an_ablation_changes_the_architecture_and_nothing_else(base, expid):
     batch, version = toy_batch(toy_feature_map(LABELS)), ABLATED[base]
     predictions = [predict(build(version=version, **options), batch) for options in ({}, changes)]
     assert (predictions[0] - predictions[1]).abs().max() > 1e-3
+
+
+def test_what_goes_beyond_the_paper_can_be_left_out_one_by_one():
+    extended = config.load(CONFIG, EXTENDED)
+    without = {"head_token": {"head_input": "token"}, "no_reset": {"reset_embeddings": False}}
+    for name, change in without.items():
+        expid = f"{EXTENDED}_{name}"
+        assert config.load(CONFIG, expid) == {**extended, **change, "model_id": expid} != extended
 
 
 CHANGES = {
@@ -487,8 +501,9 @@ def test_no_argument_is_left_untested():
         ({"num_heads": 3}, "num_heads must divide dim; got num_heads=3, dim=8"),
         ({"broadcast": "none"}, "set head_input='hub'"),
         ({"version": "v1", "head_input": "hub"}, "head_input='hub' needs v2's task hubs"),
-        ({"head_input": "all", "aggregation": "all_to_all"}, "head_input='all' reads task tokens and hubs"),
-        ({"head_input": "all", "task_blind": True}, "and task_blind=True"),
+        ({"head_input": "all", "aggregation": "all_to_all"}, "head_input='all' adds hubs to the task tokens"),
+        ({"head_input": "all", "aggregation": "none"}, "got aggregation='none', task_blind=False"),
+        ({"head_input": "all", "task_blind": True}, "task_blind=True"),
         ({"gate_hubs": "previous"}, "gate_hubs='previous' is v1's formula"),
         ({"aggregation": "all_to_all", "task_blind": True}, "use another aggregation"),
         ({"behaviors": {"share": ["share_item"]}}, "'share_item', which is not a sequence"),

@@ -284,7 +284,7 @@ def test_target_matches_count_the_events_that_have_the_target(padding):
     assert fields.shape[1] == tokens.num_fields == 6
     matched = 0
     for row in range(200):
-        for place, (behavior, columns) in zip((4, 5), BEHAVIORS.items()):
+        for place, columns in zip((4, 5), BEHAVIORS.values()):
             real = [t for t in range(8) if any(batch[column][row, t] for column in columns)]
             counts, latest = [math.log1p(len(real))], []
             for column in columns:
@@ -293,9 +293,27 @@ def test_target_matches_count_the_events_that_have_the_target(padding):
                 matched += len(ages) > 1
                 counts.append(math.log1p(len(ages)))
                 latest.append(1 / min(ages) if ages else 0)
-            expected = linear(tokens.matches[behavior].linear, torch.tensor(counts + latest, dtype=torch.float64))
+            expected = linear(tokens.matches[place - 4].linear, torch.tensor(counts + latest, dtype=torch.float64))
             torch.testing.assert_close(fields[row, place].double(), expected, atol=1e-6, rtol=1e-5)
     assert matched > 10
+
+
+def test_targets_are_the_categorical_fields_of_a_table_whoever_owns_it():
+    feature_map = toy_feature_map()
+    feature_map.features["item"]["share_embedding"] = "watch_item"
+    del feature_map.features["watch_item"]["share_embedding"]
+    feature_map.features["like_item"]["share_embedding"] = "watch_item"
+    feature_map.features["item"]["oov_idx"] = 3  # pretrained ids come behind it
+    behaviors = {"items": ["like_item"]}  # a name that a module's own attribute has
+    tokens = layers.FeatureTokens(feature_map, D, behaviors, target_matches=True)
+    assert tokens.targets == {"items": {"like_item": "item"}}  # not the pooled watch_item, which owns the table
+    batch = toy_batch(feature_map)
+    matched = batch["like_item"].max(dim=1).values
+    batch["like_item"][batch["like_item"] == 3] = 4
+    for target, matches in ((matched, matched > 3), (torch.full_like(matched, 3), torch.zeros(len(matched)).bool())):
+        batch["item"] = torch.where(matched > 3, target, 3)
+        found = tokens._matches("items", {"like_item": batch["like_item"]}, batch).any(dim=1)[:, 0]
+        assert torch.equal(found, matches)
 
 
 def test_target_matches_need_a_history_that_shares_a_table():

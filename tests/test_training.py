@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from flowctr import weights
 from flowctr.acceleration import GraphedStep
 from flowctr.losses import KnownLoss
 from flowctr.metrics import evaluate_metrics
@@ -518,9 +519,9 @@ def test_reset_embeddings_draws_the_tables_anew_for_each_later_epoch(tmp_path, r
     train(model, epochs=3)
     tables = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     assert len(model.starts) == 3 == len(tables)
-    for (weights, known), before in zip(model.starts[1:], ended):
+    for (started, known), before in zip(model.starts[1:], ended):
         assert (known == 0) is reset
-        for name, value in weights.items():
+        for name, value in started.items():
             is_new = reset and name in tables
             assert torch.equal(value, before[name]) is not is_new, name
             if is_new:  # as at first: FuxiCTR's N(0, 1e-4), and zero for the padding
@@ -531,6 +532,33 @@ def test_reset_embeddings_draws_the_tables_anew_for_each_later_epoch(tmp_path, r
 def test_reset_embeddings_needs_tables(tmp_path):
     with pytest.raises(ValueError, match="reset_embeddings: Tableless has no embedding tables; turn it off"):
         build(Tableless, tmp_path, feature_map=feature_map_of(SingleTask), reset_embeddings=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "NAdam", "Rprop", "Adagrad"])
+def test_reset_embeddings_starts_any_optimiser_anew(tmp_path, optimizer):
+    model = build(Remembering, tmp_path, reset_embeddings=True, optimizer=optimizer)
+    redraw, states = weights.redraw_embeddings, []
+
+    def remember(model, in_place):
+        redraw(model, in_place)
+        states.append([table in model.optimizer.state for table in weights.embedding_tables(model)])
+        assert not in_place
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(weights, "redraw_embeddings", remember)
+        train(model, epochs=2)
+    assert states == [[False] * 3] and all(table in model.optimizer.state for table in weights.embedding_tables(model))
+
+
+def test_a_captured_step_starts_only_optimisers_anew_whose_state_begins_at_zero(tmp_path):
+    for optimizer in ("adam", "AdamW"):
+        model = build(SingleTask, tmp_path, reset_embeddings=True, cuda_graphs=True, optimizer=optimizer)
+        train(model, epochs=1)
+        weights.redraw_embeddings(model, in_place=True)
+        for table in weights.embedding_tables(model):
+            assert model.optimizer.state[table] and sum_of_squares(model.optimizer.state[table].values()) == 0
+    with pytest.raises(ValueError, match="reset_embeddings with cuda_graphs cannot start NAdam anew in place"):
+        build(SingleTask, tmp_path, reset_embeddings=True, cuda_graphs=True, optimizer="NAdam")
 
 
 class Tableless(BaseModel):

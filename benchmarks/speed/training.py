@@ -9,7 +9,7 @@
 loader. All start from the same weights. "Loss difference" is the largest relative difference of the training curve from
 that of FuxiCTR on the same batches. "Limit" is the share of the rate that the machine's measured matrix products and
 copies would allow (see `limit`); "idle" is what an epoch loses against steps on batches that lie on the device. Writes
-results/training_<device>.json and .png, and with --profile the time of each kernel, profile_<model>_<option>.txt.
+results/training_<device>.json and .png; with --profile also each kernel's time, ..._profile_<model>_<option>.txt.
 """
 
 import argparse
@@ -301,7 +301,7 @@ def measure(model: str, feature_map: FeatureMap, args, name: str, options: dict 
             built.fit(list(islice(data, RESIDENT)), epochs=1)
         table = profiled.key_averages().table(f"self_{'cuda' if args.gpu >= 0 else 'cpu'}_time_total", row_limit=40)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_name(f"profile_{model}_{name}.txt".replace(" ", "_")).write_text(table)
+        args.out.with_name(f"{args.out.stem}_profile_{model}_{name}.txt".replace(" ", "_")).write_text(table)
     if not stock:
         run["work"] = work_per_row(built, next(iter(h5_loader(feature_map, args, {}))))
     del built

@@ -8,7 +8,7 @@ class MatchToken(nn.Module):
     """One token for a behaviour: ``Linear([log(1 + T), log(1 + n_1), ..., log(1 + n_C), r_1, ..., r_C])``.
 
     Of T events, n_c have the target's id in column c; the last of them is the 1/r_c-th most recent event, and r_c is 0
-    without one. Ids that were too rare in training to learn an embedding match all the same.
+    without one. An id of the vocabulary matches however rare it is, and little its embedding has learned.
 
     Args:
         num_columns: Columns C that can match.

@@ -78,8 +78,12 @@ class FeatureTokens(nn.Module):
             raise ValueError(
                 f"target_matches: no sequence of data set {feature_map.dataset_id!r} shares the embedding of a field"
             )
-        self.matches = nn.ModuleDict({behavior: MatchToken(len(own), dim) for behavior, own in self.targets.items()})
-        self.rare_ids = {name: specs[name]["vocab_size"] - 1 for own in self.targets.values() for name in own.values()}
+        self.matches = nn.ModuleList(MatchToken(len(own), dim) for own in self.targets.values())
+        self.rare_ids = {
+            name: specs[name].get("oov_idx", specs[name]["vocab_size"] - 1)
+            for own in self.targets.values()
+            for name in own.values()
+        }
         self.num_columns = len(columns)
         self.max_len = max((specs[column]["max_len"] for column in columns), default=0)
 
@@ -92,19 +96,20 @@ class FeatureTokens(nn.Module):
     def field_names(self) -> list[str]:
         """Names of the field tokens in their order."""
         names = (["dense"] if self.dense is not None else []) + self.fields
-        return names + [f"{behavior} matches" for behavior in self.matches]
+        return names + [f"{behavior} matches" for behavior in self.targets]
 
     def _targets(self, feature_map: FeatureMap) -> dict[str, dict[str, str]]:
-        """Finds, for each behaviour, the columns that share a field's table, and that field."""
-        targets = {
-            behavior: {column: _table_owner(feature_map, column) for column in columns}
-            for behavior, columns in self.behaviors.items()
-        }
-        shared = {
-            behavior: {column: owner for column, owner in owners.items() if owner in self.fields}
-            for behavior, owners in targets.items()
-        }
-        return {behavior: owners for behavior, owners in shared.items() if owners}
+        """Finds, for each behaviour, the columns that share a categorical field's table, and the first such field."""
+        fields: dict[str, str] = {}
+        for name in self.fields:
+            if feature_map.features[name]["type"] == "categorical":
+                fields.setdefault(_table_owner(feature_map, name), name)
+        targets: dict[str, dict[str, str]] = {}
+        for behavior, columns in self.behaviors.items():
+            owners = {column: _table_owner(feature_map, column) for column in columns}
+            if own := {column: fields[owner] for column, owner in owners.items() if owner in fields}:
+                targets[behavior] = own
+        return targets
 
     def forward(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Embeds the inputs.
@@ -127,7 +132,7 @@ class FeatureTokens(nn.Module):
         if self.dense is not None:
             values = torch.stack([inputs[name].flatten() for name in self.numeric], dim=1)  # (B, numeric fields)
             tokens.insert(0, self.dense(values.to(self.dense.weight.dtype)))
-        for behavior, match in self.matches.items():
+        for behavior, match in zip(self.targets, self.matches):
             tokens.append(match(self._matches(behavior, aligned, inputs), masks[behavior]))
         return torch.stack(tokens, dim=1), events, masks
 
@@ -136,7 +141,7 @@ class FeatureTokens(nn.Module):
         matches = []
         for column, field in self.targets[behavior].items():
             target = inputs[field].long().view(-1, 1)  # (B, 1)
-            known = (target != 0) & (target != self.rare_ids[field])  # the last id stands for all rare ones
+            known = (target != 0) & (target != self.rare_ids[field])  # which stands for all that are rare
             matches.append((aligned[column] == target) & known)
         return torch.stack(matches, dim=-1)
 

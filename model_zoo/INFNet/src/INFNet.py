@@ -310,10 +310,10 @@ class INFNet(MultiTaskModel):
 
 def _check_heads_are_fed(aggregation, broadcast, gate_hubs, head_input, task_blind):
     has_task_hubs = aggregation in ("views", "views_sum", "union")
-    if head_input == "all" and (task_blind or aggregation == "all_to_all"):
+    if head_input == "all" and (task_blind or aggregation in ("all_to_all", "none")):
         raise ValueError(
-            "head_input='all' reads task tokens and hubs; "
-            f"got aggregation={aggregation!r}, which has hubs unless it is 'all_to_all', and task_blind={task_blind}"
+            "head_input='all' adds hubs to the task tokens: aggregation='all_to_all' has none, with 'none' heads read "
+            f"them anyway, task_blind has no tokens; got aggregation={aggregation!r}, task_blind={task_blind}"
         )
     if head_input in ("hub", "both") and (task_blind or not has_task_hubs):
         raise ValueError(
