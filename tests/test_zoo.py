@@ -674,5 +674,6 @@ def test_baselines_are_complete():
         "amazon_sports_din": single,
         "amazon_sports_din_holdout": single,
         "kuairand_pure_window": several,
+        "kuairand_pure_window_tabs": several,
         "kuairand_tiny": single | several,
     }
