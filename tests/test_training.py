@@ -550,6 +550,21 @@ def test_reset_embeddings_starts_any_optimiser_anew(tmp_path, optimizer):
     assert states == [[False] * 3] and all(table in model.optimizer.state for table in weights.embedding_tables(model))
 
 
+def test_reset_embeddings_refuses_pretrained_tables(tmp_path, monkeypatch):
+    class Pretrained(nn.Module):
+        """Stands for FuxiCTR's, which reads a file."""
+
+    class WithPretrained(SingleTask):
+        def __init__(self, feature_map, **kwargs):
+            super().__init__(feature_map, **kwargs)
+            self.pretrained = Pretrained()
+
+    monkeypatch.setattr(weights, "PretrainedEmbedding", Pretrained)
+    build(WithPretrained, tmp_path)
+    with pytest.raises(ValueError, match="reset_embeddings: WithPretrained has pretrained tables"):
+        build(WithPretrained, tmp_path, reset_embeddings=True)
+
+
 def test_a_captured_step_starts_only_optimisers_anew_whose_state_begins_at_zero(tmp_path):
     for optimizer in ("adam", "AdamW"):
         model = build(SingleTask, tmp_path, reset_embeddings=True, cuda_graphs=True, optimizer=optimizer)
