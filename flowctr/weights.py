@@ -70,10 +70,17 @@ START_AT_ZERO = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.
 
 
 def embedding_tables(model: BaseModel) -> list[nn.Parameter]:
-    """Lists the embedding tables of a model, those in FuxiCTR's ``FeatureEmbeddingDict``, each once."""
-    owners = [module for module in model.modules() if isinstance(module, FeatureEmbeddingDict)]
-    tables = [module.weight for owner in owners for module in owner.modules() if isinstance(module, nn.Embedding)]
+    """Lists the embedding tables that a model trains, those in FuxiCTR's ``FeatureEmbeddingDict``, each once."""
+    tables = [
+        table.weight for owner in _table_owners(model) for table in owner.modules() if isinstance(table, nn.Embedding)
+    ]
     return list(dict.fromkeys(tables))
+
+
+def _table_owners(model: BaseModel) -> list[FeatureEmbeddingDict]:
+    """Lists what holds embedding tables, without those that are frozen, as a search's are while AutoIFS retrains."""
+    owners = [module for module in model.modules() if isinstance(module, FeatureEmbeddingDict)]
+    return [owner for owner in owners if any(weight.requires_grad for weight in owner.parameters())]
 
 
 def check_redrawable(model: BaseModel, in_place: bool) -> None:
@@ -102,9 +109,8 @@ def redraw_embeddings(model: BaseModel, in_place: bool) -> None:
         model: The model, with its optimiser.
         in_place: Whether to overwrite the optimiser's state, for a captured step, which goes on reading that memory.
     """
-    for module in model.modules():
-        if isinstance(module, FeatureEmbeddingDict):
-            module.init_weights()
+    for owner in _table_owners(model):
+        owner.init_weights()
     tables = embedding_tables(model)
     distributed.broadcast(tables)
     for table in tables:

@@ -10,6 +10,7 @@ Differs from the paper and its code:
   * A row of a scenario that training has not seen runs through the shared units alone.
   * Each field has an embedding table of its own, xavier-uniform; the code draws one table for all fields.
   * Batches are shuffled anew in each epoch, gradients are clipped, and early stopping can watch any metric.
+  * ``target_matches`` gives the fields a token of how each behaviour's events match the target; off by default.
 """
 
 import inspect
@@ -52,6 +53,7 @@ class AutoIFS(MultiTaskModel):
         gates: Whether flows are gated; False is the ablation, trained in one stage.
         embedding_dim: Embedding width D.
         embedding_initializer: FuxiCTR's initialiser of the embedding tables.
+        target_matches: Whether the fields get a token of how each behaviour's events match the target.
         bottom_hidden_units: Widths of the shared bottom, and of the gate network.
         scenario_hidden_units: Widths of the layers of scenario units.
         task_hidden_units: Widths of the layers of task units before the logit.
@@ -92,6 +94,7 @@ class AutoIFS(MultiTaskModel):
         gates=True,
         embedding_dim=16,
         embedding_initializer="nn.init.xavier_uniform_",
+        target_matches=False,
         bottom_hidden_units=(1024, 512),
         scenario_hidden_units=(256,),
         task_hidden_units=(),
@@ -123,7 +126,7 @@ class AutoIFS(MultiTaskModel):
         self.searches = gates and stage != "retrain"
         self.gamma, self.weight_decay, self.gate_learning_rate_factor = gamma, weight_decay, gate_learning_rate_factor
 
-        self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
+        self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer, target_matches)
         width = (self.tokens.num_fields + self.tokens.num_columns) * embedding_dim
         self.bottom = MLP_Block(width, hidden_units=list(bottom_hidden_units), hidden_activations="ReLU")
         self.activation = get_activation(activation) or nn.Identity()
@@ -136,7 +139,7 @@ class AutoIFS(MultiTaskModel):
         self.gate_tokens = None
         if gates and not self.searches:
             # The gates go on reading the embedding that they were found with: on a trained one they would drift.
-            self.gate_tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
+            self.gate_tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer, target_matches)
             self.gate_tokens.requires_grad_(False)
             self.gate_network.requires_grad_(False)
         penalties = torch.tensor(_per_task(gate_penalty, num_tasks), dtype=torch.get_default_dtype())

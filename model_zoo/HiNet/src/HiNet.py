@@ -8,6 +8,7 @@ Differs from the paper:
   * The embedding of the scenario is the one of its column, which is also among the inputs.
   * A row whose scenario training has not seen has no scenario of its own: all of them are others to it.
   * Task experts and heads serve all scenarios. A task has as many experts as all tasks share. The sizes are ours.
+  * ``target_matches`` gives the fields a token of how each behaviour's events match the target; off by default.
 """
 
 import torch
@@ -37,6 +38,7 @@ class HiNet(MultiTaskModel):
         scenario: Categorical column that tells a row's scenario.
         embedding_dim: Token width D.
         embedding_initializer: FuxiCTR's initialiser of the embedding tables.
+        target_matches: Whether the fields get a token of how each behaviour's events match the target.
         num_sub_experts: Sub-experts of the shared and of each scenario's extraction.
         scenario_hidden_units: Widths of each sub-expert.
         num_task_experts: Experts of each task in the task layer, and as many shared ones.
@@ -65,6 +67,7 @@ class HiNet(MultiTaskModel):
         scenario,
         embedding_dim=16,
         embedding_initializer="partial(nn.init.normal_, std=1e-4)",
+        target_matches=False,
         num_sub_experts=4,
         scenario_hidden_units=(256, 128),
         num_task_experts=1,
@@ -84,7 +87,7 @@ class HiNet(MultiTaskModel):
         layers = {"activation": activation, "dropout": net_dropout, "batch_norm": batch_norm}
         self.scenario = scenario
         self.num_scenarios = count_scenarios(feature_map, scenario, "HiNet")
-        self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
+        self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer, target_matches)
         width = (self.tokens.num_fields + self.tokens.num_columns) * embedding_dim
         self.scenario_extraction = ScenarioExtraction(
             self.num_scenarios, width, embedding_dim, num_sub_experts, scenario_hidden_units, **layers
