@@ -274,6 +274,7 @@ def test_non_embedding_parameters_of_the_default_model(categorical, columns, num
 
 CHANGES = {
     "target_matches": True,
+    "target_attention": [6],
     "behaviors": {"watch": ["watch_item", "watch_author"]},
     "embedding_dim": 12,
     "embedding_initializer": "partial(nn.init.normal_, std=0.1)",

@@ -298,6 +298,32 @@ def test_target_matches_count_the_events_that_have_the_target(padding):
     assert matched > 10
 
 
+@pytest.mark.parametrize("padding", ["pre", "post"])
+def test_target_attention_sums_the_events_with_dins_weights(padding):
+    feature_map = toy_feature_map()
+    initializer = "partial(nn.init.normal_, std=1)"
+    tokens = layers.FeatureTokens(feature_map, D, BEHAVIORS, initializer, target_attention=[6]).eval()
+    batch = toy_batch(feature_map, rows=30, padding=padding)
+    fields, _, _ = tokens(batch)
+    own = [column for columns in BEHAVIORS.values() for column in columns]
+    assert tokens.field_names == ["dense", "item", "author", "user", *(f"{column} attended to" for column in own)]
+    assert fields.shape[1] == tokens.num_fields == 4 + len(own)
+    table = {name: embedding.weight for name, embedding in tokens.embedding.embedding_layers.items()}
+    for row in range(30):
+        place = 4
+        for columns, attention in zip(BEHAVIORS.values(), tokens.attentions):
+            names = [column.partition("_")[2] for column in columns]
+            target = torch.cat([table[name][batch[name][row]] for name in names])
+            steps = [t for t in range(8) if any(batch[column][row, t] for column in columns)]
+            events = [torch.cat([table[c][batch[c][row, t]] for c in columns]) for t in steps]
+            inputs = [torch.cat([target, e, target - e, target * e]) for e in events]
+            weights = attention.attention_layer(torch.stack(inputs))[:, 0].softmax(dim=0) if events else []
+            expected = sum((w * e for w, e in zip(weights, events)), torch.zeros(len(columns) * D))
+            for part in expected.split(D):
+                torch.testing.assert_close(fields[row, place], part, atol=1e-6, rtol=1e-5)
+                place += 1
+
+
 def test_targets_are_the_categorical_fields_of_a_table_whoever_owns_it():
     feature_map = toy_feature_map()
     feature_map.features["item"]["share_embedding"] = "watch_item"
@@ -316,13 +342,14 @@ def test_targets_are_the_categorical_fields_of_a_table_whoever_owns_it():
         assert torch.equal(found, matches)
 
 
-def test_target_matches_need_a_history_that_shares_a_table():
+@pytest.mark.parametrize("option", [{"target_matches": True}, {"target_attention": [4]}])
+def test_the_target_needs_a_history_that_shares_a_table(option):
     feature_map = toy_feature_map()
     for spec in feature_map.features.values():
         if spec["type"] == "sequence":
             del spec["share_embedding"]
-    with pytest.raises(ValueError, match="target_matches: no sequence of data set 'toy' shares the embedding"):
-        layers.FeatureTokens(feature_map, D, BEHAVIORS, target_matches=True)
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: no sequence of data set 'toy' shares the embedding"):
+        layers.FeatureTokens(feature_map, D, BEHAVIORS, **option)
 
 
 def test_shared_tables_are_shared_whatever_the_order_of_the_feature_map():

@@ -8,7 +8,7 @@ import torch
 from flowctr.layers.masks import masked_mean, right_align
 from flowctr.layers.matches import MatchToken
 from fuxictr.features import FeatureMap
-from fuxictr.pytorch.layers import FeatureEmbeddingDict
+from fuxictr.pytorch.layers import DIN_Attention, FeatureEmbeddingDict
 from torch import Tensor, nn
 
 MEAN_POOLING = "layers.MaskedAveragePooling()"
@@ -25,6 +25,8 @@ class FeatureTokens(nn.Module):
       linear map, remaining sequences pooled by their feature encoder (the mean unless the data set names one).
     * With ``target_matches``, every behaviour whose columns share tables with fields adds a token of how its events
       match these fields, the target (`MatchToken`).
+    * With ``target_attention``, such a behaviour also adds a token for each of these columns: its events, summed with
+      the weights that DIN's attention gives them for the target (Zhou et al., "Deep interest network", 2018).
 
     The tables live in FuxiCTR's ``FeatureEmbeddingDict``, which its ``embedding_regularizer`` looks for. A column
     whose own ``embedding_dim`` differs from the token width gets a linear map to it.
@@ -35,11 +37,13 @@ class FeatureTokens(nn.Module):
         behaviors: Behaviour name -> its columns; none: every sequence column is a behaviour of its own.
         embedding_initializer: FuxiCTR's initialiser string of the tables.
         target_matches: Whether to add the tokens of what matches the target.
+        target_attention: Hidden units of DIN's attention for the target; none: no such tokens.
 
     Raises:
         ValueError: If ``behaviors`` names a column that is not a sequence of the data set, names one twice, or aligns
             columns of different ``max_len``; if there is no field to make a token of; if a column shares the embedding
-            of one that does not exist; or if ``target_matches`` finds none that shares a field's.
+            of one that does not exist; or if no sequence shares a field's, which ``target_matches`` and
+            ``target_attention`` need.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class FeatureTokens(nn.Module):
         behaviors: Mapping[str, Sequence[str]] | None = None,
         embedding_initializer: str = "partial(nn.init.normal_, std=1e-4)",
         target_matches: bool = False,
+        target_attention: Sequence[int] | None = None,
     ):
         super().__init__()
         specs = feature_map.features
@@ -73,12 +78,20 @@ class FeatureTokens(nn.Module):
         self.resize = nn.ModuleDict(
             {name: nn.Linear(width, dim, bias=False) for name, width in widths.items() if width != dim}
         )
-        self.targets = self._targets(feature_map) if target_matches else {}
-        if target_matches and not self.targets:
+        wanted = {"target_matches": target_matches, "target_attention": target_attention is not None}
+        self.targets = self._targets(feature_map) if any(wanted.values()) else {}
+        if any(wanted.values()) and not self.targets:
             raise ValueError(
-                f"target_matches: no sequence of data set {feature_map.dataset_id!r} shares the embedding of a field"
+                f"{' and '.join(name for name, on in wanted.items() if on)}: no sequence of data set "
+                f"{feature_map.dataset_id!r} shares the embedding of a field"
             )
-        self.matches = nn.ModuleList(MatchToken(len(own), dim) for own in self.targets.values())
+        sizes = [len(own) for own in self.targets.values()]
+        self.matches = nn.ModuleList(MatchToken(size, dim) for size in sizes) if target_matches else None
+        self.attentions = None
+        if target_attention is not None:
+            self.attentions = nn.ModuleList(
+                DIN_Attention(size * dim, list(target_attention), "Dice", use_softmax=True) for size in sizes
+            )
         self.rare_ids = {
             name: specs[name].get("oov_idx", specs[name]["vocab_size"] - 1)
             for own in self.targets.values()
@@ -89,14 +102,18 @@ class FeatureTokens(nn.Module):
 
     @property
     def num_fields(self) -> int:
-        """Number of field tokens N: the dense token, if any, one per other field, and those of what matches."""
+        """Number of field tokens N: the dense token, if any, one per other field, those of the target in histories."""
         return len(self.field_names)
 
     @property
     def field_names(self) -> list[str]:
         """Names of the field tokens in their order."""
         names = (["dense"] if self.dense is not None else []) + self.fields
-        return names + [f"{behavior} matches" for behavior in self.targets]
+        if self.matches is not None:
+            names = names + [f"{behavior} matches" for behavior in self.targets]
+        if self.attentions is not None:
+            names = names + [f"{column} attended to" for own in self.targets.values() for column in own]
+        return names
 
     def _targets(self, feature_map: FeatureMap) -> dict[str, dict[str, str]]:
         """Finds, for each behaviour, the columns that share a categorical field's table, and the first such field."""
@@ -132,8 +149,12 @@ class FeatureTokens(nn.Module):
         if self.dense is not None:
             values = torch.stack([inputs[name].flatten() for name in self.numeric], dim=1)  # (B, numeric fields)
             tokens.insert(0, self.dense(values.to(self.dense.weight.dtype)))
-        for behavior, match in zip(self.targets, self.matches):
+        for behavior, match in zip(self.targets, self.matches or ()):
             tokens.append(match(self._matches(behavior, aligned, inputs), masks[behavior]))
+        for (behavior, own), attention in zip(self.targets.items(), self.attentions or ()):
+            target = torch.cat([embedded[field] for field in own.values()], dim=-1)  # (B, columns * D)
+            history = torch.cat([embedded[column] for column in own], dim=-1) * masks[behavior].unsqueeze(-1)
+            tokens += attention(target, history, masks[behavior]).chunk(len(own), dim=-1)
         return torch.stack(tokens, dim=1), events, masks
 
     def _matches(self, behavior: str, aligned: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:

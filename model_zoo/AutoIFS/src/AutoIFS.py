@@ -139,7 +139,9 @@ class AutoIFS(MultiTaskModel):
         self.gate_tokens = None
         if gates and not self.searches:
             # The gates go on reading the embedding that they were found with: on a trained one they would drift.
-            self.gate_tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer, target_matches)
+            self.gate_tokens = FeatureTokens(
+                feature_map, embedding_dim, behaviors, embedding_initializer, target_matches
+            )
             self.gate_tokens.requires_grad_(False)
             self.gate_network.requires_grad_(False)
         penalties = torch.tensor(_per_task(gate_penalty, num_tasks), dtype=torch.get_default_dtype())

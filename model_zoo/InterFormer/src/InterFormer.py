@@ -11,7 +11,8 @@ Differs from the paper:
     ``sequence_residual: false`` is the formula.
   * MaskNet's mask starts at one (its output bias), so that the sequence has a signal at FuxiCTR's embedding scale.
   * Several labels get one head each on the same summaries; the paper predicts one.
-  * ``target_matches`` gives the fields a token of how each behaviour's events match the target; off by default.
+  * ``target_matches`` gives the fields a token of how each behaviour's events match the target, ``target_attention``
+    tokens of the events that DIN's attention picks for it; off by default.
   * Histories of several behaviours are aligned at their most recent event before they are concatenated per step.
 """
 
@@ -55,6 +56,7 @@ class InterFormer(MultiTaskModel):
         embedding_dim: Token width D.
         embedding_initializer: FuxiCTR's initialiser of the embedding tables.
         target_matches: Whether the fields get a token of how each behaviour's events match the target.
+        target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields.
         num_layers: Layers L.
         num_cls: CLS tokens; they are the summary X_sum, so this is n_sum as well.
         num_pma: Tokens pooled by multi-head attention.
@@ -99,6 +101,7 @@ class InterFormer(MultiTaskModel):
         embedding_dim=64,
         embedding_initializer="partial(nn.init.normal_, std=1e-4)",
         target_matches=False,
+        target_attention=None,
         num_layers=3,
         num_cls=4,
         num_pma=2,
@@ -149,7 +152,9 @@ class InterFormer(MultiTaskModel):
                 "rotary positions need an even width per head; "
                 f"got embedding_dim={embedding_dim}, num_heads={num_heads}"
             )
-        self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer, target_matches)
+        self.tokens = FeatureTokens(
+            feature_map, embedding_dim, behaviors, embedding_initializer, target_matches, target_attention
+        )
         if not self.tokens.behaviors:
             raise ValueError(f"InterFormer needs a sequence feature; data set {feature_map.dataset_id!r} has none")
         self.flow = flow
