@@ -2,11 +2,13 @@
 
 A study is a folder laid out as BARS does, and this script fills it from its ``tuner_config.yaml``:
 
-    tuner_config.yaml   base_config, base_expid and tuner_space, as FuxiCTR's tuner has them; trials, seeds, variants;
+    tuner_config.yaml   base_config, base_expid and tuner_space, as FuxiCTR's tuner has them; trials, seeds, ablations,
+                        sweeps, and under defaults what a swept option is where the configuration does not name it;
                         labels, for a model for one label: it is trained for each of them, and judged by all
     tuner_config.csv    one result line per trial, the best on the validation data first
     results.csv         one result line per seed of the best trial's settings; results/ has the files of these runs
     variants.csv        one result line per seed of every ablation and of every value of a sweep
+    ablations.png       what each ablation changes, beside what ../../paper_claims.csv has of the paper; sweeps.png
     runs.jsonl          configuration, metrics and commit of every run
     environments.txt    hardware and software
     README.md           the page
@@ -33,10 +35,12 @@ from queue import SimpleQueue
 
 import numpy as np
 import yaml
+from figures import TUNED, AUCs, compared, draw_ablations, draw_sweeps, read_claims
 from flowctr import config, experiment
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+CLAIMS = Path(__file__).with_name("paper_claims.csv")
 PHASES = ("tune", "final", "variants")
 METRICS = ("AUC", "gAUC", "logloss", "NE")
 # What runs.jsonl keeps of a result: enough to write everything again.
@@ -227,7 +231,8 @@ def all_results(folder: Path) -> dict[str, list[tuple[Job, dict]]]:
 
 def read(folder: Path) -> dict:
     """Reads what a study is to run."""
-    return {"labels": [], "ablations": [], "sweeps": {}, **yaml.safe_load((folder / "tuner_config.yaml").read_text())}
+    defaults = {"labels": [], "ablations": [], "sweeps": {}, "defaults": {}}
+    return {**defaults, **yaml.safe_load((folder / "tuner_config.yaml").read_text())}
 
 
 def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -> None:
@@ -272,7 +277,68 @@ def write(folder: Path) -> None:
         if path.name not in finals:
             path.unlink()
     (folder / "environments.txt").write_text(environment(done["final"][0][1]))
+    draw(folder, done)
     (folder / "README.md").write_text(page(folder, done))
+
+
+def draw(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> None:
+    """Draws the ablations and the sweeps of a study, as far as it has them."""
+    study, metric = read(folder), f"{targets_of(done['final'][0][1])[-1]} AUC".strip()
+    aucs = aucs_of(study, done)
+    claims = read_claims(CLAIMS, study["base_expid"], aucs)
+    if study["ablations"]:
+        draw_ablations(folder / "ablations.png", _ablations(study), aucs, claims, metric)
+    if study["sweeps"]:
+        draw_sweeps(folder / "sweeps.png", swept(study, done), tuned_values(study, done), aucs, claims, metric)
+
+
+def variants_of(study: dict, done: dict[str, list[tuple[Job, dict]]]) -> dict[str, list[dict]]:
+    """Gives the results of the tuned settings and of what differs from them in one thing, by name."""
+    best, variants = dict(done["tune"][0][0].overrides), {}
+    for job, result in done["final"] + done["variants"]:
+        changed = [f"{key} {value}" for key, value in job.overrides if best.get(key) != value]
+        name = _ablation_name(study, job.expid) if job.expid != study["base_expid"] else ", ".join(changed) or TUNED
+        variants.setdefault(name, []).append(result)
+    return variants
+
+
+def _ablations(study: dict) -> list[str]:
+    return [_ablation_name(study, expid) for expid in study["ablations"]]
+
+
+def _ablation_name(study: dict, expid: str) -> str:
+    return expid.removeprefix(f"{study['base_expid']}_")
+
+
+def tuned_values(study: dict, done: dict[str, list[tuple[Job, dict]]]) -> dict[str, object]:
+    """Gives what each swept option is in the tuned settings."""
+    known = {**study["defaults"], **done["final"][0][1]["config"]}
+    if unknown := study["sweeps"].keys() - known.keys():
+        sys.exit(
+            f"{study['base_expid']}: no configuration names {', '.join(sorted(unknown))}; say under defaults of "
+            "its tuner_config.yaml what the model takes then"
+        )
+    return {option: known[option] for option in study["sweeps"]}
+
+
+def swept(study: dict, done: dict[str, list[tuple[Job, dict]]]) -> dict[str, list[object]]:
+    """Lists the values of each swept option with the tuned one among them, numbers in their order."""
+    tuned = tuned_values(study, done)
+    sweeps = {}
+    for option, values in study["sweeps"].items():
+        values = [tuned[option], *(value for value in values if value != tuned[option])]
+        sweeps[option] = sorted(values) if all(isinstance(value, int | float) for value in values) else values
+    return sweeps
+
+
+def aucs_of(study: dict, done: dict[str, list[tuple[Job, dict]]]) -> AUCs:
+    """Gives the test AUC of the last target for each variant and seed; the tuned value of a sweep has a name, too."""
+    target = targets_of(done["final"][0][1])[-1]
+    aucs = {
+        name: {result["seed"]: value_of(result, "test", target, "AUC") for result in results}
+        for name, results in variants_of(study, done).items()
+    }
+    return aucs | {f"{option} {value}": aucs[TUNED] for option, value in tuned_values(study, done).items()}
 
 
 def _files_of(result: dict) -> list[Path]:
@@ -327,10 +393,7 @@ def page(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> str:
             "## Ablations and sweeps",
             "Test data; one thing changed at a time, the same seeds.",
         ]
-        variants: dict[Job, list[dict]] = {}
-        for job, result in done["final"] + done["variants"]:
-            variants.setdefault(replace(job, seed=0), []).append(result)
-        parts.append(_variants_table(study, targets, variants, best=dict(done["tune"][0][0].overrides)))
+        parts += [_variants_table(targets, variants_of(study, done)), *_figures(study, done)]
     parts += [
         "## Tuning",
         f"{len(done['tune'])} trials drawn at random from [tuner_config.yaml](tuner_config.yaml), seed "
@@ -386,19 +449,40 @@ def spread(values: list[float | None]) -> str:
     return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
-def _variants_table(study: dict, targets: list[str], variants: dict[Job, list[dict]], best: dict) -> str:
+def _variants_table(targets: list[str], variants: dict[str, list[dict]]) -> str:
     summary = targets[-1]
     rows = []
-    for job, results in variants.items():
-        changed = [(key, value) for key, value in job.overrides if best.get(key) != value]
-        what = ", ".join(f"{key} {value}" for key, value in changed) or "as tuned"
-        what = what if job.expid == study["base_expid"] else job.expid.removeprefix(f"{study['base_expid']}_")
+    for name, results in variants.items():
         auc = [spread([value_of(r, "test", target, "AUC") for r in results]) for target in targets[:-1]]
         means = [spread([value_of(r, "test", summary, metric) for r in results]) for metric in ("AUC", "gAUC")]
         size, seeds = results[0]["parameters"]["non_embedding"], len(results)
-        rows.append([what, seeds, *auc, *means, f"{size:,}"])
+        rows.append([name, seeds, *auc, *means, f"{size:,}"])
     columns = ["", "seeds", *(f"{target} AUC" for target in targets), f"{summary} gAUC", "parameters"]
     return markdown(columns, rows)
+
+
+def _figures(study: dict, done: dict[str, list[tuple[Job, dict]]]) -> list[str]:
+    """Shows the figures, and the papers' claims beside what the study has."""
+    parts = []
+    if study["ablations"]:
+        parts.append("![what each ablation changes](ablations.png)")
+    if study["sweeps"]:
+        parts.append("![the values of the swept options](sweeps.png)")
+    aucs = aucs_of(study, done)
+    claims = read_claims(CLAIMS, study["base_expid"], aucs)
+    for paper in dict.fromkeys(claim.paper for claim in claims):
+        stated = [claim for claim in claims if claim.paper == paper]
+        claimed = {name for claim in stated for name in (claim.lower, claim.higher)}
+        open_names = [name for name in _ablations(study) if name not in claimed]
+        open_names += [option for option in study["sweeps"] if not any(n.startswith(f"{option} ") for n in claimed)]
+        parts += [
+            f"### What {paper}, claims",
+            "The first variant has a lower AUC than the second. Differences are first minus second: the paper's on its "
+            "own data, the mean over its tasks; here mean and sample standard deviation over the seeds, of the AUC in "
+            "the figures." + (f" Not known: what it says of {', '.join(open_names)}." if open_names else ""),
+            markdown(["lower", "higher", "paper", "where", "here", "holds"], compared(stated, aucs)),
+        ]
+    return parts
 
 
 def _trials_table(study: dict, trials: list[tuple[Job, dict]]) -> str:

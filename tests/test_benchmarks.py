@@ -1,5 +1,6 @@
-"""The published tables are what the result files say."""
+"""The published tables and figures are what the result files say."""
 
+import csv
 import importlib.util
 import inspect
 import json
@@ -93,6 +94,8 @@ def test_every_study_page_is_what_its_lines_say():
 def test_every_study_page_is_written_by_what_the_folder_keeps(study):
     for folder in (path.parent for path in BENCHMARKS.glob("*/*/tuner_config.yaml")):
         done = study.all_results(folder)
+        for image in re.findall(r"\]\((\w+\.png)\)", (folder / "README.md").read_text()):
+            assert (folder / image).read_bytes().startswith(b"\x89PNG"), folder / image
         assert study.page(folder, done) == (folder / "README.md").read_text(), f"run: study.py write {folder}"
         lines = "".join(f"{study.experiment.result_line(run)}\n" for run in study.runs_of(done["tune"]))
         assert lines == (folder / "tuner_config.csv").read_text()
@@ -187,11 +190,12 @@ def test_models_for_one_label_are_ranked_and_shown_together(study, baseline):
 def test_what_the_folder_of_a_baseline_keeps_is_enough(study, baseline):
     _run_all(study, baseline)
     study.write(baseline)
-    written = {path: path.read_bytes() for path in baseline.rglob("*") if path.is_file()}
+    written = {path: path.read_bytes() for path in baseline.rglob("*") if path.is_file() and path.suffix != ".png"}
     for path in (baseline.parent.parent / "results").iterdir():
         path.unlink()
     study.write(baseline)
-    assert {path: path.read_bytes() for path in baseline.rglob("*") if path.is_file()} == written
+    assert {path: path.read_bytes() for path in written} == written
+    assert (baseline / "sweeps.png").exists() and not (baseline / "ablations.png").exists()
 
 
 def test_a_result_of_another_configuration_is_none(study, baseline):
@@ -205,6 +209,151 @@ def test_a_result_of_another_configuration_is_none(study, baseline):
 def _defaults(model):
     arguments = inspect.signature(config.model_class(model).__init__).parameters
     return {name: argument.default for name, argument in arguments.items()}
+
+
+def test_the_figures_have_the_numbers_of_the_runs(study):
+    folder = BENCHMARKS / "INFNet" / "INFNet_v1_kuairand_pure_window"
+    wanted, done = study.read(folder), study.all_results(folder)
+    aucs, runs = study.aucs_of(wanted, done), [json.loads(line) for line in open(folder / "runs.jsonl")]
+
+    def run_with(ablation="", **settings):
+        runs_of_it = [run for run in runs if run["expid"] == wanted["base_expid"] + ablation]
+        best = {**dict(done["tune"][0][0].overrides), "num_field_hubs": None, "hubs_per_behavior": None, **settings}
+        runs_of_it = [run for run in runs_of_it if all(run["config"].get(key) == best[key] for key in best)]
+        return {
+            run["seed"]: run["metrics"]["test"]["AUC"] for run in runs_of_it if "num_task_hubs" not in run["config"]
+        }
+
+    assert aucs["no_pgu"] == run_with("_no_pgu") and len(aucs["no_pgu"]) == 3
+    assert aucs["num_field_hubs 8"] == run_with(num_field_hubs=8) and len(aucs["num_field_hubs 8"]) == 3
+    assert aucs["as tuned"] == run_with() == aucs["num_field_hubs 4"] == aucs["num_task_hubs 2"]
+    assert study.swept(wanted, done)["num_field_hubs"] == [2, 4, 8]  # 4 is the tuned value
+    assert list(aucs)[:4] == ["as tuned", "no_task_tokens", "no_pgu", "no_cross_attention"]
+
+
+def test_what_a_swept_option_is_by_default_is_what_the_model_takes(study):
+    for path in BENCHMARKS.glob("*/*/tuner_config.yaml"):
+        wanted = study.read(path.parent)
+        for option, value in wanted["defaults"].items():
+            params = config.read(BENCHMARKS.parent / wanted["base_config"], wanted["base_expid"])
+            taken = _defaults(params["model"])[option]
+            if taken is None:  # INFNet: it depends on the version
+                taken = sys.modules[config.model_class(params["model"]).__module__].PRESETS[params["version"]][option]
+            assert option not in params and value == taken, (path, option)
+
+
+def test_the_claims_are_of_variants_that_the_studies_have(study):
+    with open(BENCHMARKS / "paper_claims.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {}
+    for path in BENCHMARKS.glob("*/*/tuner_config.yaml"):
+        wanted = study.read(path.parent)
+        configured = yaml.safe_load((BENCHMARKS.parent / wanted["base_config"] / "model_config.yaml").read_text())
+        base = f"{wanted['base_expid']}_"
+        known = {"as tuned", *(expid.removeprefix(base) for expid in configured if expid.startswith(base))}
+        for option, values in wanted["sweeps"].items():
+            known |= {f"{option} {value}" for value in [*values, wanted["defaults"].get(option)]}
+        names[wanted["base_expid"]] = known
+    for row in rows:
+        assert {row["lower"], row["higher"]} <= names[row["study"]], row
+        assert row["paper"] and row["where"] and bool(row["lower_auc"]) == bool(row["higher_auc"]), row
+        assert not row["lower_auc"] or -0.05 < float(row["lower_auc"]) - float(row["higher_auc"]) < 0.001, row
+
+
+CLAIMS = """study,lower,higher,dataset,task,lower_auc,higher_auc,paper,where
+FM_tiny,embedding_dim 8,embedding_dim 4,Theirs,click,0.70,0.75,"FM, ICDM 2010",Table 1
+FM_tiny,embedding_dim 8,embedding_dim 4,Theirs,like,0.60,0.75,"FM, ICDM 2010",Table 1
+FM_tiny,embedding_dim 4,embedding_dim 8,Others,,,,"FM, ICDM 2010",text
+FM_tiny,small_batch,as tuned,,,,,"FM, ICDM 2010",text
+FM_tiny,never_run,as tuned,,,,,"FM, ICDM 2010",text
+FM_other,small_batch,as tuned,,,0.1,0.2,"FM, ICDM 2010",text
+"""
+
+
+def test_a_study_is_shown_beside_what_the_paper_claims(study, baseline, monkeypatch):
+    claims = baseline / "claims.csv"
+    claims.write_text(CLAIMS)
+    monkeypatch.setattr(study, "CLAIMS", claims)
+    wanted = json.loads((baseline / "tuner_config.yaml").read_text())
+    ablations = ["FM_tiny_small_batch", "FM_tiny_smaller_batch"]
+    (baseline / "tuner_config.yaml").write_text(json.dumps({**wanted, "ablations": ablations}))
+    path = baseline.parent.parent / "baselines" / "model_config.yaml"
+    tiny = json.loads(path.read_text())["FM_tiny"]
+    sizes = dict(zip(ablations, (32, 16)))
+    path.write_text(json.dumps({"FM_tiny": tiny} | {expid: {**tiny, "batch_size": sizes[expid]} for expid in sizes}))
+    _run_all(study, baseline)
+    study.write(baseline)
+    page = (baseline / "README.md").read_text()
+    assert "### What FM, ICDM 2010, claims" in page and "Not known: what it says of smaller_batch.\n" in page
+    section = page.split("| lower |")[1].split("## Tuning")[0].strip().splitlines()[2:]
+    assert section == [  # 8 is .1 below 4 with each seed
+        "| embedding_dim 8 | embedding_dim 4 | −0.1000 (Theirs) | Table 1 | −0.1000 ± 0.0000 | yes |",
+        "| embedding_dim 4 | embedding_dim 8 | no number (Others) | text | +0.1000 ± 0.0000 | no |",
+        "| small_batch | as tuned | no number | text | +0.0000 ± 0.0000 | within one standard deviation |",
+    ]
+    for name in ("ablations.png", "sweeps.png"):
+        assert f"]({name})" in page
+        assert (baseline / name).read_bytes().startswith(b"\x89PNG") and (baseline / name).stat().st_size < 150_000
+
+
+def test_a_sweep_says_what_the_model_takes_otherwise(study, baseline):
+    wanted = json.loads((baseline / "tuner_config.yaml").read_text())
+    (baseline / "tuner_config.yaml").write_text(json.dumps({**wanted, "sweeps": {"gate": [1]}}))
+    _run_all(study, baseline)
+    with pytest.raises(SystemExit, match="FM_tiny: no configuration names gate; say under defaults"):
+        study.write(baseline)
+
+
+def test_differences_are_seed_by_seed(study):
+    figures = sys.modules["figures"]
+    aucs = {"as tuned": {1: 0.7, 2: 0.8, 3: 0.6}, "a": {2: 0.79, 1: 0.67}, "b": {3: 0.65}}
+    np.testing.assert_allclose(figures.changes(aucs, "a"), [-0.01, -0.03])
+    np.testing.assert_allclose(figures.changes(aucs, "as tuned", "b"), [-0.05])
+    assert figures.shown(figures.changes(aucs, "a")) == "−0.0200 ± 0.0141"
+    assert figures.shown(figures.changes(aucs, "b")) == "+0.0500"
+
+
+@pytest.mark.parametrize(
+    ("differences", "holds"),
+    [
+        ([-0.01, -0.03], "yes"),
+        ([0.01, 0.03], "no"),
+        ([-0.03, 0.01], "within one standard deviation"),
+        ([0.03, -0.01], "within one standard deviation"),
+        ([-0.001], "yes"),
+        ([0.001], "no"),
+    ],
+)
+def test_a_claim_holds_beyond_a_standard_deviation(study, differences, holds):
+    assert sys.modules["figures"].verdict(np.array(differences)) == holds
+
+
+def test_the_papers_change_is_the_mean_over_its_tasks(study):
+    """INFNet v1's Table 3, without task tokens."""
+    figures = sys.modules["figures"]
+    known = dict.fromkeys(("as tuned", "no_task_tokens"))
+    reported = figures.papers_changes(figures.read_claims(study.CLAIMS, "INFNet_v1_kuairand_pure_window", known))
+    assert reported == {
+        "INFNet, arXiv 2508.11565v1, KuaiRand-Pure": {
+            "no_task_tokens": pytest.approx((0.7720 - 0.7736 + 0.8925 - 0.8960 + 0.7707 - 0.7727) / 3)
+        },
+        "INFNet, arXiv 2508.11565v1, QB-Video": {
+            "no_task_tokens": pytest.approx((0.9747 - 0.9749 + 0.9185 - 0.9225 + 0.8842 - 0.8881 + 0.7747 - 0.8091) / 4)
+        },
+    }
+
+
+def test_what_a_paper_says_of_two_ablations_is_no_change_of_the_whole(study):
+    figures = sys.modules["figures"]
+    known = dict.fromkeys(("as tuned", "avg", "mlp", "mha"))
+    claims = figures.read_claims(study.CLAIMS, "InterFormer_kuairand_pure_window", known)
+    assert ("avg", "mlp") in [(claim.lower, claim.higher) for claim in claims]
+    taobao = figures.papers_changes(claims)["InterFormer, arXiv 2411.09852v4, TaobaoAd"]
+    assert taobao == pytest.approx({"avg": 0.6437 - 0.6528, "mlp": 0.6451 - 0.6528, "mha": 0.6502 - 0.6528})
+    known = dict.fromkeys(("num_task_hubs 2", "num_task_hubs 4", "num_field_hubs 8", "num_field_hubs 32"))
+    claims = figures.read_claims(study.CLAIMS, "INFNet_v2_kuairand_pure_window", known)
+    assert figures.papers_best(claims, "num_task_hubs") == {"4": "INFNet, arXiv 2508.11565v2"}
+    assert figures.papers_changes(claims) == {}
 
 
 def test_result_files_name_no_path_of_a_machine():
