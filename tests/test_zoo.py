@@ -663,17 +663,19 @@ def test_baselines_are_complete():
     suites = {}
     for expid, settings in content.items():
         model, dataset = settings["model"], settings["dataset_id"]
-        assert expid == f"{model}_{dataset}"
+        assert expid.replace("_tuned", "") == f"{model}_{dataset}"
         assert re.fullmatch(rf"FuxiCTR/model_zoo/(multitask/)?{model}", settings["zoo"])
         assert dataset in known
         assert not set(config.REQUIRED_KEYS) - {**base, **settings}.keys()
-        suites.setdefault(dataset, set()).add(model)
+        suites.setdefault(f"{dataset} tuned" if "_tuned" in expid else dataset, set()).add(model)
     single = set("FM FmFM xDeepFM AutoInt DCNv2 GDCN FinalMLP WuKong DIN DIEN BST DMIN DMR TransAct".split())
-    several = {"ShareBottom", "MMoE", "PLE"}
+    several, tuned = {"ShareBottom", "MMoE", "PLE"}, {"DIN", "TransAct", "DCNv2"}
     assert suites == {
         "amazon_sports_din": single,
         "amazon_sports_din_holdout": single,
-        "kuairand_pure_window": several,
+        "amazon_sports_din tuned": tuned,
+        "amazon_sports_din_holdout tuned": tuned,
+        "kuairand_pure_window": several | tuned,
         "kuairand_pure_window_tabs": several,
         "kuairand_tiny": single | several,
     }
