@@ -48,8 +48,8 @@ KEPT = (
     *("expid", "model", "dataset_id", "seed", "started", "command", "config"),
     *("labels", "metrics", "parameters", "speed", "peak_memory_bytes", "flops_per_row", "commit", "data", "zoo"),
 )
-# Of a configuration: where it ran, and the columns of the data set, which its id names.
-NOT_KEPT = ("model_id", "model_root", "verbose", "gpu", "zoo", "feature_cols")
+# Of a configuration: where it ran and how it was launched, and the columns of the data set, which its id names.
+NOT_KEPT = ("model_id", "model_root", "verbose", "gpu", "cuda_graphs", "zoo", "feature_cols")
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ class CompiledForward:
         except TorchDynamoException as error:
             cause = getattr(error, "inner_exception", error)
             raise RuntimeError(
-                f"compile: true does not work for {type(self.model).__name__} on this machine; it needs a C++ compiler "
-                f"such as g++, and on a GPU triton: install them, or turn it off ({cause})"
+                f"compile: true does not work for {type(self.model).__name__} on this machine ({cause}); turn it off, "
+                "or if a compiler is missing, install it: it needs one for C++ such as g++, and on a GPU triton"
             ) from error
 
 
@@ -150,13 +150,18 @@ class GraphedStep:
         torch._foreach_copy_(list(step.inputs.values()), [batch[name] for name in step.inputs])  # one launch, not many
         step.warm_up += 1
         if step.warm_up <= self.WARM_UP_STEPS:  # on the graph's inputs: for others a compiled forward is compiled anew
-            return self.model.train_step(step.inputs)
+            return self._train_step(step)
         rates = [group["lr"] for group in self.model.optimizer.param_groups]
         if rates != step.rates:
             self._capture(step)
             step.rates = rates
         step.graph.replay()
         return step.loss
+
+    def _train_step(self, step: "CapturedStep") -> Tensor:
+        """Trains with whatever a model makes without naming a device on the GPU: no copy from the host is captured."""
+        with self.model.device:
+            return self.model.train_step(step.inputs)
 
     def _capture(self, step: "CapturedStep") -> None:
         self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graphs' own memory
@@ -165,7 +170,7 @@ class GraphedStep:
             torch.cuda.device(self.model.device),  # on which the capture's stream is made
             torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"),
         ):
-            step.loss = self.model.train_step(step.inputs).detach()
+            step.loss = self._train_step(step).detach()
         self.memory = graph.pool()
         step.graph = graph  # not earlier: memory that no graph holds any more cannot be captured into
 

@@ -201,7 +201,7 @@ def test_a_machine_that_cannot_compile_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=without_compiler))
     model = build(SingleTask, tmp_path, compile=True)
     message = (
-        r"compile: true does not work for SingleTask on this machine; .*g\+\+.*turn it off \(No working C\+\+ comp"
+        r"compile: true does not work for SingleTask on this machine \(No working C\+\+ comp.*turn it off, or .*g\+\+"
     )
     with pytest.raises(RuntimeError, match=message):
         model.fit(batches_of(model.feature_map, 2))

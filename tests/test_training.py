@@ -366,6 +366,17 @@ def test_a_captured_step_sees_each_batch_and_learning_rate(tmp_path, optimizer):
     assert len(addresses) == 3  # warm-up and replay of a shape read the same memory
 
 
+def test_what_a_step_to_be_captured_makes_lies_on_the_models_device(tmp_path):
+    """As BST's mask, which its code leaves on the host; a step that is captured cannot copy it from there."""
+    model = build(SingleTask, tmp_path)
+    model.device = torch.device("meta")
+    model.train_step = lambda batch: torch.zeros(len(batch["item"]))
+    step = RecordedStep(model)
+    for _ in range(GraphedStep.WARM_UP_STEPS):
+        assert step({"item": torch.ones(3, device="meta")}).device == model.device
+    assert torch.zeros(1).device == torch.device("cpu")
+
+
 def test_an_optimizer_that_counts_steps_on_the_host_is_not_captured(tmp_path):
     with pytest.raises(ValueError, match="cuda_graphs cannot capture Adagrad; use adam or SGD"):
         GraphedStep(build(SingleTask, tmp_path, optimizer="Adagrad"))

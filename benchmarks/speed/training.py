@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from flowctr import zoo
 from flowctr._fuxictr import fuxictr_origin
+from flowctr.acceleration import check_padding_invariance
 from flowctr.data import H5DataLoader
 from flowctr.data.format import H5Writer
 from flowctr.training import CURVE_POINTS_PER_EVALUATION, accelerate
@@ -274,6 +275,8 @@ def measure(model: str, feature_map: FeatureMap, args, name: str, options: dict 
         built.train_step = lambda batch: losses.append(step(batch)) or losses[-1]
         Path(built.model_dir).mkdir(exist_ok=True)
         built.save_weights(built.checkpoint)  # which its fit reads at the end
+    if loading.get("bucket_by_length"):
+        check_padding_invariance(built, data)  # fit would look for it, were the batches not in a Stopwatch
     watch = Stopwatch(list(data) if name == STOCK_IN_MEMORY else data, args.warm_up, args.gpu)
     built.fit(watch, epochs=1)
     if stock:
