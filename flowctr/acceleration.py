@@ -20,6 +20,8 @@ from fuxictr.pytorch.models import BaseModel
 from fuxictr.pytorch.torch_utils import get_regularizer
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -129,6 +131,7 @@ class GraphedStep:
         self.model = model
         self.captured: dict[tuple, CapturedStep] = {}
         self.memory = None  # the first graph's, for all of them: they run one after the other
+        self.makes_host_tensors: bool | None = None  # as BST does its mask; known after a batch
         optimizer = model.optimizer
         if "capturable" not in optimizer.defaults and not isinstance(optimizer, torch.optim.SGD):
             raise ValueError(f"cuda_graphs cannot capture {type(optimizer).__name__}; use adam or SGD, or turn it off")
@@ -148,6 +151,8 @@ class GraphedStep:
             self.captured[shapes] = CapturedStep({name: torch.empty_like(values) for name, values in on_device.items()})
         step = self.captured[shapes]
         torch._foreach_copy_(list(step.inputs.values()), [batch[name] for name in step.inputs])  # one launch, not many
+        if self.makes_host_tensors is None:
+            self.makes_host_tensors = makes_host_tensors(self.model, step.inputs)
         step.warm_up += 1
         if step.warm_up <= self.WARM_UP_STEPS:  # on the graph's inputs: for others a compiled forward is compiled anew
             return self._train_step(step)
@@ -159,8 +164,8 @@ class GraphedStep:
         return step.loss
 
     def _train_step(self, step: "CapturedStep") -> Tensor:
-        """Trains with whatever a model makes without naming a device on the GPU: no copy from the host is captured."""
-        with self.model.device:
+        """Trains; what the model makes without naming a device, lies on the GPU: no copy from the host is captured."""
+        with self.model.device if self.makes_host_tensors else nullcontext():  # in which torch cannot compile it all
             return self.model.train_step(step.inputs)
 
     def _capture(self, step: "CapturedStep") -> None:
@@ -173,6 +178,31 @@ class GraphedStep:
             step.loss = self._train_step(step).detach()
         self.memory = graph.pool()
         step.graph = graph  # not earlier: memory that no graph holds any more cannot be captured into
+
+
+@torch.no_grad()
+def makes_host_tensors(model: BaseModel, batch: Batch) -> bool:
+    """Tells whether a model's forward makes tensors that are not on its device."""
+    watch = DeviceWatch()
+    model.eval()
+    with watch:
+        model.forward(batch)
+    model.train()
+    return any(device != model.device for device in watch.seen)
+
+
+class DeviceWatch(TorchDispatchMode):
+    """Collects the devices on which tensors with more than one value are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[torch.device] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs an operation and looks at its result."""
+        made = func(*args, **(kwargs or {}))
+        self.seen |= {x.device for x in tree_leaves(made) if isinstance(x, Tensor) and x.dim()}
+        return made
 
 
 @dataclass

@@ -366,15 +366,19 @@ def test_a_captured_step_sees_each_batch_and_learning_rate(tmp_path, optimizer):
     assert len(addresses) == 3  # warm-up and replay of a shape read the same memory
 
 
-def test_what_a_step_to_be_captured_makes_lies_on_the_models_device(tmp_path):
-    """As BST's mask, which its code leaves on the host; a step that is captured cannot copy it from there."""
+@pytest.mark.parametrize("makes_its_mask_on_the_host", [True, False])
+def test_what_a_step_to_be_captured_makes_lies_on_the_models_device(tmp_path, makes_its_mask_on_the_host):
+    """As BST's mask: a step that is captured cannot copy it from the host. Other steps are left as they are."""
     model = build(SingleTask, tmp_path)
-    model.device = torch.device("meta")
+    device = model.device = torch.device("meta")  # stands in for a GPU
+    made_on = "cpu" if makes_its_mask_on_the_host else device
+    model.forward = lambda batch: {"y_pred": batch["item"] * torch.ones(3, device=made_on).to(device)}
     model.train_step = lambda batch: torch.zeros(len(batch["item"]))
     step = RecordedStep(model)
     for _ in range(GraphedStep.WARM_UP_STEPS):
-        assert step({"item": torch.ones(3, device="meta")}).device == model.device
-    assert torch.zeros(1).device == torch.device("cpu")
+        loss = step({"item": torch.ones(3, device=device)})
+        assert loss.device == (device if makes_its_mask_on_the_host else torch.device("cpu"))
+    assert model.training and torch.zeros(1).device == torch.device("cpu")
 
 
 def test_an_optimizer_that_counts_steps_on_the_host_is_not_captured(tmp_path):
