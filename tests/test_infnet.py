@@ -427,6 +427,7 @@ def test_what_goes_beyond_the_paper_can_be_left_out_one_by_one():
 
 CHANGES = {
     "target_matches": True,
+    "target_attention": [6],
     "task": "regression",
     "behaviors": {"watch": ["watch_item", "watch_author"]},
     "embedding_dim": 12,

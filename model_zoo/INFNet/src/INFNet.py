@@ -11,8 +11,9 @@ Differs from the papers:
   * Columns of one behaviour become one token per event; its bucketised time gap is one of these columns, which adds
     the relative time embedding of v2 through the event's linear map.
   * The last block builds only what the head reads; attention over a single token is that token's value.
-  * Two options beyond the papers, off by default: ``head_input: all`` lets the heads read the field and sequence hubs
-    beside their token; ``target_matches`` gives the fields a token of how each behaviour's events match the target.
+  * Options beyond the papers, off by default: ``head_input: all`` lets the heads read the field and sequence hubs
+    beside their token; ``target_matches`` gives the fields a token of how each behaviour's events match the target,
+    ``target_attention`` tokens of the events that DIN's attention picks for it.
 """
 
 import warnings
@@ -71,6 +72,7 @@ class INFNet(MultiTaskModel):
         embedding_dim: Token width D.
         embedding_initializer: FuxiCTR's initialiser of the embedding tables.
         target_matches: Whether the fields get a token of how each behaviour's events match the target.
+        target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields.
         version: Preset ``v1`` or ``v2``: the default of each option below that is None.
         num_blocks: Blocks N.
         num_heads: Attention heads; must divide ``embedding_dim``.
@@ -115,6 +117,7 @@ class INFNet(MultiTaskModel):
         embedding_dim=32,
         embedding_initializer="partial(nn.init.normal_, std=1e-4)",
         target_matches=False,
+        target_attention=None,
         version="v2",
         num_blocks=3,
         num_heads=1,
@@ -172,7 +175,9 @@ class INFNet(MultiTaskModel):
         if bgu_expansion != 0:  # 0: one linear map
             check_positive(bgu_expansion=bgu_expansion)
         _check_heads_are_fed(use.aggregation, use.broadcast, gate_hubs, head_input, task_blind)
-        self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer, target_matches)
+        self.tokens = FeatureTokens(
+            feature_map, embedding_dim, behaviors, embedding_initializer, target_matches, target_attention
+        )
         self.task_blind, self.head_input = task_blind, head_input
         self.reads_hubs = task_blind or head_input == "all" or use.aggregation == "none"  # those of fields and events
         dim, labels, num_fields = embedding_dim, feature_map.labels, self.tokens.num_fields
