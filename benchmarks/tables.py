@@ -40,6 +40,7 @@ def table(name: str) -> str:
         return speed[name]()
     kind, _, dataset_id = name.rpartition(" ")
     kinds = {"studies": studies, "experiments": experiments, "published": published, "training": training, "": runs}
+    kinds["short"] = short_records
     return kinds[kind](dataset_id)
 
 
@@ -113,6 +114,28 @@ def _single_runs(dataset_id: str) -> list[dict]:
     return [result for result in results if result["dataset_id"] == dataset_id]
 
 
+def short_records(dataset_id: str) -> str:
+    """Lists the runs of which only settings and metrics are kept: each model's best setting by the validation gAUC."""
+    lines = map(json.loads, (HERE / "amazon_sports_din_runs.jsonl").read_text().splitlines())
+    models: dict[str, dict[str, list[dict]]] = {}
+    for line in lines:
+        if line["dataset_id"] == dataset_id:
+            model, _, _ = line["expid"].partition("_")
+            models.setdefault(model, {}).setdefault(json.dumps(line["settings"], sort_keys=True), []).append(line)
+    rows = []
+    for model, tried in models.items():
+        best = max(
+            tried, key=lambda setting: tried[setting][0]["valid"]["gAUC"]
+        )  # of the trial: others have more seeds
+        chosen = ", ".join(f"{key} {value}" for key, value in json.loads(best).items())
+        columns = [(split, name) for split in ("valid", "test") for name in ("gAUC", "AUC")]
+        values = [spread([run[split][name] for run in tried[best]]) for split, name in columns]
+        rows.append([model, len(tried), chosen, len(tried[best]), *values])
+    rows.sort(key=lambda row: row[4], reverse=True)
+    columns = ["model", "settings tried", "best on the validation data", "seeds"]
+    return markdown([*columns, "valid gAUC", "valid AUC", "test gAUC", "test AUC"], rows)
+
+
 def published(dataset_id: str) -> str:
     """Lists what others report on a data set, the best AUC first."""
     rows = [row for row in read_published(HERE / "published_results.csv") if row.dataset_id == dataset_id]
@@ -164,17 +187,22 @@ def scaling() -> str:
     return markdown(["model", "against", "sizes", "seconds a step", "peak MiB", "exponent"], rows)
 
 
-def training(device: str) -> str:
-    """Lists what `benchmarks/speed/training.py` measured last on the ``cpu`` or on a GPU, ``cuda``."""
-    result = json.loads((HERE / "speed" / "results" / f"training_{device}.json").read_text())
+def training(names: str) -> str:
+    """Lists what `benchmarks/speed/training.py` measured: ``cpu``, or on GPUs in several runs, ``cuda+cuda_BST``."""
+    results = [
+        json.loads((HERE / "speed" / "results" / f"training_{name}.json").read_text()) for name in names.split("+")
+    ]
     shown = {
         "rows/s": ("rows_per_second", "{:,.0f}"),
         "over FuxiCTR": ("over_fuxictr", "{:.2f}"),
+        "of the limit": ("limit", "{:.0%}"),
+        "idle": ("idle", "{:.0%}"),
         "evaluation, s": ("evaluate_seconds", "{:.2f}"),
         "peak GB": ("peak_bytes", "{:.2f}"),
         "loss difference": ("loss_difference", "{:.0e}"),
     }
-    measured = [(model, name, run) for model, runs in result["models"].items() for name, run in runs.items()]
+    models = [model for result in results for model in result["models"].items()]
+    measured = [(model, name, run) for model, runs in models for name, run in runs.items()]
     shown = {heading: of for heading, of in shown.items() if any(run.get(of[0]) is not None for *_, run in measured)}
     rows = []
     for model, name, run in measured:

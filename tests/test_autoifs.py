@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from flowctr import experiment
+from flowctr import experiment, weights
 from flowctr.models.AutoIFS import AutoIFS
 from flowctr.training import accelerate
 from toy import BEHAVIORS, MODEL_ARGUMENTS, WIDE_INITIALIZER, toy_batch, toy_feature_map
@@ -232,8 +232,9 @@ def trained(tmp_path, **options):
     return models, batches
 
 
-def test_the_retraining_starts_from_the_rewound_weights_and_freezes_what_gates(tmp_path):
-    models, batches = trained(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"target_matches": True, "reset_embeddings": True}], ids=["paper", "extended"])
+def test_the_retraining_starts_from_the_rewound_weights_and_freezes_what_gates(tmp_path, options):
+    models, batches = trained(tmp_path, **options)
     search, retrain, start = models["search"], models["retrain"], models["retrain at the start"]
     assert search.temperature.item() == pytest.approx(100)
     rewound = {name.replace("/", "."): weight for name, weight in search.rewound.named_buffers()}
@@ -246,11 +247,22 @@ def test_the_retraining_starts_from_the_rewound_weights_and_freezes_what_gates(t
         source = search.state_dict()[name.replace("gate_tokens", "tokens")]
         assert torch.equal(start[name], source) and torch.equal(end[name], source), name
     assert not torch.equal(end["bottom.mlp.0.weight"], start["bottom.mlp.0.weight"])
+    assert len(retrain.tokens.targets) == len(retrain.gate_tokens.targets) == 2 * options.get("target_matches", False)
     with torch.no_grad():
         before = [(search.gate_network(search.embed(search.tokens, batch)) > 0).float() for batch in batches]
         after = [retrain.eval()(batch)["gates"] for batch in batches]
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert 0 < torch.cat(after).mean() < 1
+
+
+def test_new_tables_leave_those_that_the_gates_read():
+    model = build(stage="retrain")
+    before = copy.deepcopy(model.state_dict())
+    weights.redraw_embeddings(model, in_place=False)
+    tables = [name for name in before if "embedding_layers" in name]
+    assert {name.partition(".")[0] for name in tables} == {"tokens", "gate_tokens"}
+    for name in tables:
+        assert torch.equal(model.state_dict()[name], before[name]) is name.startswith("gate_tokens"), name
 
 
 def test_the_rewound_weights_are_those_at_the_start_of_the_epoch(tmp_path):

@@ -72,10 +72,12 @@ def reference(model, x, indicator, scenario):
     return [sigmoid(mlp(tower, t)[0]) for tower, t in zip(model.heads.towers, mixed)]
 
 
-def test_predictions_equal_a_loop_over_the_equations():
-    model, batch = perturbed(build()), toy_scenarios()
+@pytest.mark.parametrize("target_matches", [False, True])
+def test_predictions_equal_a_loop_over_the_equations(target_matches):
+    model, batch = perturbed(build(target_matches=target_matches)), toy_scenarios()
     predictions = model(batch)
     fields, events, masks = model.tokens(batch)
+    assert model.tokens.field_names[4:] == (["watch matches", "like matches"] if target_matches else [])
     x = model.tokens.append_pooled(fields, events, masks).flatten(1).tolist()
     indicators = model.tokens.embedding.embedding_layers["author"](batch["author"]).tolist()
     for row, author in enumerate(batch["author"].tolist()):
