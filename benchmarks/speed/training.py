@@ -449,7 +449,7 @@ def write(path: Path, results: dict) -> None:
     for i, name in enumerate(names):
         heights = [runs[name].get("rows_per_second", math.nan) for runs in models.values()]
         bars.bar(np.arange(len(models)) + (i - len(names) / 2) * width, heights, width, label=name)
-    bars.set_xticks(range(len(models)), list(models))
+    bars.set_xticks(range(len(models)), list(models), rotation=30, ha="right")
     bars.set_ylabel("rows/s of an epoch")
     bars.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     intensity = np.logspace(-1, 3, 400)
