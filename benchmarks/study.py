@@ -282,7 +282,7 @@ def write(folder: Path) -> None:
 
 
 def draw(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> None:
-    """Draws the ablations and the sweeps of a study, as far as it has them."""
+    """Draws the ablations and the sweeps of a study, if it has some."""
     study, metric = read(folder), f"{targets_of(done['final'][0][1])[-1]} AUC".strip()
     aucs = aucs_of(study, done)
     claims = read_claims(CLAIMS, study["base_expid"], aucs)

@@ -1,6 +1,7 @@
 """Writes the tables of benchmarks/README.md from the result files beside it: python benchmarks/tables.py."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ def studies(dataset_id: str) -> str:
     """Lists the studies on a data set."""
     folders = [path.parent for path in HERE.glob("*/*/tuner_config.yaml")]
     folders = [folder for folder in folders if read(folder)["dataset_id"] == dataset_id]
+    if unfinished := [str(folder) for folder in folders if not (folder / "results").exists()]:
+        sys.exit(f"studies without results: {', '.join(unfinished)}; run them and write them with study.py first")
     return _leaders(
         {f"[{folder.name}]({folder.relative_to(HERE)}/README.md)": final_results(folder) for folder in folders}
     )
@@ -115,7 +118,10 @@ def _single_runs(dataset_id: str) -> list[dict]:
 
 
 def short_records(dataset_id: str) -> str:
-    """Lists the runs of which only settings and metrics are kept: each model's best setting by the validation gAUC."""
+    """Lists the runs of which only settings and metrics are kept: each model's best trial, with more seeds of it.
+
+    A trial is the first run of a setting in the file; other seeds of the best one may lie below the next trial.
+    """
     lines = map(json.loads, (HERE / "amazon_sports_din_runs.jsonl").read_text().splitlines())
     models: dict[str, dict[str, list[dict]]] = {}
     for line in lines:
@@ -124,9 +130,7 @@ def short_records(dataset_id: str) -> str:
             models.setdefault(model, {}).setdefault(json.dumps(line["settings"], sort_keys=True), []).append(line)
     rows = []
     for model, tried in models.items():
-        best = max(
-            tried, key=lambda setting: tried[setting][0]["valid"]["gAUC"]
-        )  # of the trial: others have more seeds
+        best = max(tried, key=lambda setting: tried[setting][0]["valid"]["gAUC"])
         chosen = ", ".join(f"{key} {value}" for key, value in json.loads(best).items())
         columns = [(split, name) for split in ("valid", "test") for name in ("gAUC", "AUC")]
         values = [spread([run[split][name] for run in tried[best]]) for split, name in columns]

@@ -96,7 +96,7 @@ class CompiledForward:
         """Computes the outputs.
 
         Raises:
-            RuntimeError: If this machine cannot compile.
+            RuntimeError: If torch cannot compile the model, or nothing on this machine.
         """
         if row_count(batch) < self.rows:
             return self.forward(batch)
@@ -182,9 +182,9 @@ class GraphedStep:
 
 @torch.no_grad()
 def makes_host_tensors(model: BaseModel, batch: Batch) -> bool:
-    """Tells whether a model's forward makes tensors that are not on its device."""
+    """Tells whether a model's forward, as it predicts, makes tensors that are not on its device."""
     watch = DeviceWatch()
-    model.eval()
+    model.eval()  # in which it runs uncompiled: torch would never compile what it first saw under the watch
     with watch:
         model.forward(batch)
     model.train()

@@ -185,6 +185,16 @@ def test_one_shape_is_compiled_in_training_and_one_in_evaluation(tmp_path, count
     assert counter.frame_count == 3  # a small split came first
 
 
+def test_a_look_at_a_models_devices_leaves_it_compilable(tmp_path, counter):
+    """Torch never compiles what it first sees while operations are watched."""
+    model = build(SingleTask, tmp_path, compile=True)
+    (batch,) = batches_of(model.feature_map, 1)
+    assert not acceleration.makes_host_tensors(model, batch)
+    assert model.training and counter.frame_count == 0
+    model(batch)
+    assert counter.frame_count == 1
+
+
 def test_a_compiled_model_computes_the_same(tmp_path):
     """With torch's own compiler."""
     model, compiled = build(Logistic, tmp_path), build(Logistic, tmp_path, compile=True)

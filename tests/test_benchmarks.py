@@ -58,6 +58,32 @@ def test_a_row_has_the_numbers_of_its_file(tables):
     assert f"| {valid['gAUC']:.4f} | {valid['AUC']:.4f} |" in tables.table(result["dataset_id"])
 
 
+def test_of_short_records_each_models_best_trial_is_shown_with_its_seeds(tables, tmp_path, monkeypatch):
+    trials = [(0.1, 1, 0.80, 0.70), (0.2, 1, 0.82, 0.72), (0.2, 2, 0.76, 0.74), (0.3, 1, 0.81, 0.99)]
+    lines = [
+        {
+            **{"expid": "DIN_data_x", "dataset_id": dataset_id, "seed": seed, "settings": {"net_dropout": dropout}},
+            **{"valid": {"gAUC": valid, "AUC": valid}, "test": {"gAUC": test, "AUC": test}},
+        }
+        for dataset_id in ("data", "other")
+        for dropout, seed, valid, test in trials
+    ]
+    (tmp_path / "amazon_sports_din_runs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    row = tables.table("short data").splitlines()[2:]
+    assert row == [
+        "| DIN | 3 | net_dropout 0.2 | 2 | 0.7900 ± 0.0424 | 0.7900 ± 0.0424 | 0.7300 ± 0.0141 | 0.7300 ± 0.0141 |"
+    ]
+
+
+def test_studies_without_results_are_named(tables, tmp_path, monkeypatch):
+    (tmp_path / "FM" / "FM_data").mkdir(parents=True)
+    (tmp_path / "FM" / "FM_data" / "tuner_config.yaml").write_text("dataset_id: data\n")
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    with pytest.raises(SystemExit, match=r"studies without results: .*FM_data; run them"):
+        tables.table("studies data")
+
+
 def test_a_study_has_the_mean_over_its_seeds(tables):
     folder = BENCHMARKS / "INFNet" / "INFNet_v1_kuairand_pure_window"
     results = [json.loads(path.read_text())["metrics"]["test"] for path in folder.glob("results/*.json")]
@@ -287,8 +313,8 @@ def test_a_study_is_shown_beside_what_the_paper_claims(study, baseline, monkeypa
     assert "### What FM, ICDM 2010, claims" in page and "Not known: what it says of smaller_batch.\n" in page
     section = page.split("| lower |")[1].split("## Tuning")[0].strip().splitlines()[2:]
     assert section == [  # 8 is .1 below 4 with each seed
-        "| embedding_dim 8 | embedding_dim 4 | −0.1000 (Theirs) | Table 1 | −0.1000 ± 0.0000 | yes |",
-        "| embedding_dim 4 | embedding_dim 8 | no number (Others) | text | +0.1000 ± 0.0000 | no |",
+        "| embedding_dim 8 | embedding_dim 4 | −0.1000 (Theirs) | Table 1 | −0.1000 ± 0.0000 | yes, p 0 |",
+        "| embedding_dim 4 | embedding_dim 8 | no number (Others) | text | +0.1000 ± 0.0000 | no, p 0 |",
         "| small_batch | as tuned | no number | text | +0.0000 ± 0.0000 | within one standard deviation |",
     ]
     for name in ("ablations.png", "sweeps.png"):
@@ -316,15 +342,16 @@ def test_differences_are_seed_by_seed(study):
 @pytest.mark.parametrize(
     ("differences", "holds"),
     [
-        ([-0.01, -0.03], "yes"),
-        ([0.01, 0.03], "no"),
-        ([-0.03, 0.01], "within one standard deviation"),
-        ([0.03, -0.01], "within one standard deviation"),
-        ([-0.001], "yes"),
-        ([0.001], "no"),
+        ([-0.010, -0.012, -0.011], "yes, p 0.0027"),
+        ([0.010, 0.012, 0.011], "no, p 0.0027"),
+        ([-0.03, 0.01], "not decided, p 0.7"),
+        ([-0.01, -0.03], "not decided, p 0.3"),
+        ([-0.01, -0.01], "yes, p 0"),
+        ([0.0, 0.0], "not decided, p 1"),
+        ([-0.001], "not decided, one seed"),
     ],
 )
-def test_a_claim_holds_beyond_a_standard_deviation(study, differences, holds):
+def test_a_claim_holds_if_a_t_test_says_so(study, differences, holds):
     assert sys.modules["figures"].verdict(np.array(differences)) == holds
 
 

@@ -324,6 +324,14 @@ def test_target_attention_sums_the_events_with_dins_weights(padding):
                 place += 1
 
 
+@pytest.mark.parametrize("units", [32, "32", [], [0], [8, "4"]])
+def test_target_attention_lists_its_hidden_units(units):
+    with pytest.raises(
+        ValueError, match=r"target_attention=.* must list the hidden units of its network, such as \[32\]"
+    ):
+        layers.FeatureTokens(toy_feature_map(), D, BEHAVIORS, target_attention=units)
+
+
 def test_targets_are_the_categorical_fields_of_a_table_whoever_owns_it():
     feature_map = toy_feature_map()
     feature_map.features["item"]["share_embedding"] = "watch_item"

@@ -37,7 +37,8 @@ class FeatureTokens(nn.Module):
         behaviors: Behaviour name -> its columns; none: every sequence column is a behaviour of its own.
         embedding_initializer: FuxiCTR's initialiser string of the tables.
         target_matches: Whether to add the tokens of what matches the target.
-        target_attention: Hidden units of DIN's attention for the target; none: no such tokens.
+        target_attention: Hidden units of DIN's attention for the target; none: no such tokens. Its activation, Dice,
+            takes batch statistics from padded steps too, so the length of the batch has a small say while training.
 
     Raises:
         ValueError: If ``behaviors`` names a column that is not a sequence of the data set, names one twice, or aligns
@@ -78,6 +79,8 @@ class FeatureTokens(nn.Module):
         self.resize = nn.ModuleDict(
             {name: nn.Linear(width, dim, bias=False) for name, width in widths.items() if width != dim}
         )
+        if target_attention is not None:
+            _check_units(target_attention)
         wanted = {"target_matches": target_matches, "target_attention": target_attention is not None}
         self.targets = self._targets(feature_map) if any(wanted.values()) else {}
         if any(wanted.values()) and not self.targets:
@@ -180,6 +183,15 @@ class FeatureTokens(nn.Module):
             aligned.update((column, right_align(values, real)) for column, values in zip(columns, ids))
             masks[behavior] = right_align(real.long(), real).bool()
         return aligned, masks
+
+
+def _check_units(target_attention: Sequence[int]) -> None:
+    units = target_attention if isinstance(target_attention, (list, tuple)) else []
+    if not units or not all(isinstance(size, int) and size > 0 for size in units):
+        raise ValueError(
+            f"target_attention={target_attention!r} must list the hidden units of its network, such as [32]; null "
+            "turns it off"
+        )
 
 
 def _check_behaviors(feature_map: FeatureMap, behaviors: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:

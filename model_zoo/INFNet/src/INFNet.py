@@ -72,7 +72,8 @@ class INFNet(MultiTaskModel):
         embedding_dim: Token width D.
         embedding_initializer: FuxiCTR's initialiser of the embedding tables.
         target_matches: Whether the fields get a token of how each behaviour's events match the target.
-        target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields.
+        target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields; none: no
+            such tokens.
         version: Preset ``v1`` or ``v2``: the default of each option below that is None.
         num_blocks: Blocks N.
         num_heads: Attention heads; must divide ``embedding_dim``.

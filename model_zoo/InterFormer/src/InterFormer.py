@@ -56,7 +56,8 @@ class InterFormer(MultiTaskModel):
         embedding_dim: Token width D.
         embedding_initializer: FuxiCTR's initialiser of the embedding tables.
         target_matches: Whether the fields get a token of how each behaviour's events match the target.
-        target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields.
+        target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields; none: no
+            such tokens.
         num_layers: Layers L.
         num_cls: CLS tokens; they are the summary X_sum, so this is n_sum as well.
         num_pma: Tokens pooled by multi-head attention.
