@@ -87,7 +87,7 @@ class Engine:
         compile: Whether to compile the forward pass for training and evaluation (see `CompiledForward`). Dropout then
             draws other random numbers.
         cuda_graphs: Whether to replay a captured training step on a GPU (see `GraphedStep`); without effect on the
-            CPU. With ``compile``, the compiled step is captured. Not with several processes.
+            CPU and, with a warning, in several processes. With ``compile``, the compiled step is captured.
         fused_optimizer: Whether to update in one kernel, for optimisers of which torch has such a form.
         fused_regularizer: Whether to compute FuxiCTR's regularisation in one pass over lists of parameters.
         gradient_accumulation: Batches of which a step takes the mean gradient. Their rows count the same, in the last
@@ -179,10 +179,11 @@ class Engine:
             raise ValueError(
                 f"gradient_accumulation={parts}: {name} has a train_step of its own, which takes one batch"
             )
+        if distributed.world_size() > 1 and self.cuda_graphs:
+            logging.warning("cuda_graphs cannot capture a step that several processes take together: it is off")
+            self.cuda_graphs = False
         if self._reset_embeddings:
             weights.check_redrawable(self, in_place=self.cuda_graphs)
-        if distributed.world_size() > 1 and self.cuda_graphs:
-            raise ValueError("cuda_graphs cannot capture a step that several processes take together; turn it off")
         if distributed.world_size() > 1 and super().train_step.__func__ is not BaseModel.train_step:
             raise ValueError(f"{name} has a train_step of its own, which takes one process; start it without torchrun")
         penalties = (BaseModel.regularization_loss, MultiTaskModel.regularization_loss)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from flowctr import weights
+from flowctr import distributed, weights
 from flowctr.acceleration import GraphedStep
 from flowctr.losses import KnownLoss
 from flowctr.metrics import evaluate_metrics
@@ -379,6 +379,13 @@ def test_what_a_step_to_be_captured_makes_lies_on_the_models_device(tmp_path, ma
         loss = step({"item": torch.ones(3, device=device)})
         assert loss.device == (device if makes_its_mask_on_the_host else torch.device("cpu"))
     assert model.training and torch.zeros(1).device == torch.device("cpu")
+
+
+def test_several_processes_train_without_captured_steps(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    model = build(SingleTask, tmp_path, cuda_graphs=True)
+    assert not model.cuda_graphs
+    assert "cuda_graphs cannot capture a step that several processes take together: it is off" in caplog.text
 
 
 def test_an_optimizer_that_counts_steps_on_the_host_is_not_captured(tmp_path):
