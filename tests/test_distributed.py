@@ -150,15 +150,12 @@ def refusals(folder):
     def own_step():
         build(folder, "refused", OwnStep)
 
-    def graphs():
-        build(folder, "refused", cuda_graphs=True)
-
     def unequal_batches():
         rows = ("even", "fewer rows than processes")[distributed.rank()]
         build(folder, "refused").fit(load_part(folder / rows, "train"))
 
     messages = {}
-    for attempt in (own_step, graphs, unequal_batches):
+    for attempt in (own_step, unequal_batches):
         with pytest.raises(ValueError) as refused:
             attempt()
         messages[attempt.__name__] = str(refused.value)
@@ -290,7 +287,6 @@ def test_what_several_processes_cannot_do_is_refused(results):
     first, second = (rank["refused"] for rank in results)
     assert first == second
     assert "OwnStep has a train_step of its own" in first["own_step"]
-    assert "cuda_graphs cannot capture a step that several processes take" in first["graphs"]
     assert "the processes have [5, 4] training batches" in first["unequal_batches"]
 
 
