@@ -42,7 +42,7 @@ def test_the_page_is_what_the_result_files_say(tables):
 
 def test_what_was_run_from_here_is_not_published(tables, tmp_path, monkeypatch):
     """Runs of the baselines' configurations write to the folder ``results``."""
-    result = json.loads(next(BENCHMARKS.glob("STEM/*.json")).read_text())
+    result = json.loads(next(BENCHMARKS.glob("STEM/*/results/*.json")).read_text())
     for folder, seed in (("STEM", 1), ("results", 2)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "run.json").write_text(json.dumps({**result, "seed": seed}))
@@ -153,7 +153,7 @@ def baseline(study, tmp_path, monkeypatch):
 
 def _run_as(job, number):
     """Writes a result as a run of a job does, on a GPU of its choice and with a folder of its own for checkpoints."""
-    like = json.loads(next(BENCHMARKS.glob("STEM/*.json")).read_text())
+    like = json.loads(next(BENCHMARKS.glob("STEM/*/results/*.json")).read_text())
     settings = dict(job.overrides)
     label = settings["label"]
     auc = AUCS[settings["embedding_dim"]][label]
