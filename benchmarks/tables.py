@@ -37,6 +37,7 @@ def filled(page: str) -> str:
 def table(name: str) -> str:
     """Builds one table: what a speed script measured, or a data set's studies, single runs or published rows."""
     speed = {"data": data_speed, "scaling": scaling, "pairs": pairs, "distributed": distributed, "buckets": buckets}
+    speed |= {"precision": precision}
     if name in speed:
         return speed[name]()
     kind, _, dataset_id = name.rpartition(" ")
@@ -244,6 +245,22 @@ def buckets() -> str:
         bucketed = "yes" if result["config"].get("bucket_by_length") else "no"
         rows.append([result["seed"], bucketed, *(f"{value:.4f}" for value in values), f"{rate:,.0f}"])
     return markdown(["seed", "bucket_by_length", *(f"test mean {name}" for name in METRICS), "rows/s"], rows)
+
+
+def precision() -> str:
+    """Lists what bfloat16, and float32 added up in another order, change: runs of a seed, in a folder for each."""
+    folder, names = HERE / "speed" / "results" / "precision", ("fp32", "fp32, two threads", "bf16")
+    runs: dict[tuple[str, int], dict[str, float]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        result = json.loads(path.read_text())
+        runs.setdefault((result["model"], result["seed"]), {})[path.parent.name] = value_of(
+            result, "test", "mean", "AUC"
+        )
+    rows = [
+        [model, seed, f"{auc[names[0]]:.4f}", *(f"{auc[name] - auc[names[0]]:+.4f}" for name in names[1:])]
+        for (model, seed), auc in runs.items()
+    ]
+    return markdown(["model", "seed", f"test mean AUC, {names[0]}", *(f"change, {name}" for name in names[1:])], rows)
 
 
 def pairs() -> str:
