@@ -36,8 +36,8 @@ def filled(page: str) -> str:
 
 def table(name: str) -> str:
     """Builds one table: what a speed script measured, or a data set's studies, single runs or published rows."""
-    speed = {"data": data_speed, "scaling": scaling, "pairs": pairs, "distributed": distributed, "buckets": buckets}
-    speed |= {"precision": precision}
+    measured = (data_speed, scaling, pairs, distributed, buckets, precision)
+    speed = {function.__name__.removesuffix("_speed"): function for function in measured}
     if name in speed:
         return speed[name]()
     kind, _, dataset_id = name.rpartition(" ")
