@@ -5,6 +5,7 @@
 
 import ctypes
 import functools
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -172,12 +173,25 @@ class GraphedStep:
         self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graphs' own memory
         graph = torch.cuda.CUDAGraph()
         with (  # thread_local: the loader's thread may go on copying batches meanwhile
+            without_garbage_collection(),
             torch.cuda.device(self.model.device),  # on which the capture's stream is made
             torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"),
         ):
             step.loss = self._train_step(step).detach()
         self.memory = graph.pool()
         step.graph = graph  # not earlier: memory that no graph holds any more cannot be captured into
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Stops collecting garbage while a step is captured: a graph or an event freed then would spoil the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
 """The engine against FuxiCTR's own training, and what it adds: curves, checkpoints, clear stops."""
 
+import gc
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from flowctr import distributed, weights
-from flowctr.acceleration import GraphedStep
+from flowctr.acceleration import CapturedStep, GraphedStep
 from flowctr.losses import KnownLoss
 from flowctr.metrics import evaluate_metrics
 from flowctr.training import TrainingError, accelerate
@@ -364,6 +367,29 @@ def test_a_captured_step_sees_each_batch_and_learning_rate(tmp_path, optimizer):
         assert step(batch).item() == expected.item(), i
     assert step.captures == (32, 8, 32, 8)  # after three steps as they are, and for the lower learning rate
     assert len(addresses) == 3  # warm-up and replay of a shape read the same memory
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_while_a_step_is_captured(tmp_path, monkeypatch, fails):
+    """An older graph freed there would spoil the capture: torch refuses what CUDA forbids meanwhile."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    model = build(SingleTask, tmp_path)
+    step, batch = GraphedStep(model), toy_batch(model.feature_map, rows=8)
+    seen = []
+
+    def train_step(batch):
+        seen.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("of the step")
+        return torch.zeros(1)
+
+    model.train_step = train_step
+    with pytest.raises(RuntimeError, match="of the step") if fails else nullcontext():
+        step._capture(CapturedStep(batch))
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("makes_its_mask_on_the_host", [True, False])
