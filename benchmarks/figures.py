@@ -1,4 +1,4 @@
-"""What papers claim of their ablations and sweeps, and the figures of a study's own beside it.
+"""What papers claim of their ablations and sweeps, and the figures of a study's own beside it; learning curves.
 
 A claim of ``paper_claims.csv`` is that one variant (``lower``) has a lower AUC than another (``higher``). Variants have
 the names of a study's page: ``as tuned``, an ablation, or an option and its value. A row for each data set and task of
@@ -15,7 +15,7 @@ from flowctr.compare import paired_t_test
 from flowctr.pages import COLORS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 TUNED = "as tuned"
 OURS, PAPER, FAINT = COLORS[0][0], COLORS[1][0], "#767676"  # told apart in every common colour blindness
@@ -197,3 +197,36 @@ def draw_sweeps(
         order = sorted(handles, key=lambda label: label != MEAN)  # matplotlib lists error bars last
         figure.legend([handles[label] for label in order], order, loc="outside lower left", ncols=2)
         figure.savefig(path, dpi=130, metadata=METADATA)
+
+
+def draw_curves(path: Path, experiments: dict[str, list[dict]], metric: str) -> None:
+    """Draws the training loss and a validation metric by epochs, as the mean over the runs of each experiment.
+
+    A mean ends where the first of its runs does.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for panel, split, key in zip(panels, ("train", "valid"), ("loss", metric)):
+            for (color, _), (name, runs) in zip(COLORS, experiments.items(), strict=False):
+                epochs, values = _mean_curve([_curve(run, split, key) for run in runs])
+                panel.plot(epochs, values, "o-" if split == "valid" else "-", ms=3, lw=1, color=color, label=name)
+            panel.set_xlabel("epochs")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panels[0].set_ylabel("training loss")
+        panels[1].set_ylabel(f"validation {metric}")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        figure.savefig(path, dpi=130, metadata=METADATA)
+
+
+def _curve(result: dict, split: str, key: str) -> np.ndarray:
+    """Returns the points ``(epochs, value)`` of a run's curve."""
+    points = result["curves"][split]
+    steps_per_epoch = max(p["step"] for part in result["curves"].values() for p in part if p["epoch"] == 1)
+    return np.array([(point["step"] / steps_per_epoch, point[key]) for point in points])
+
+
+def _mean_curve(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Averages curves with points at the same places as far as all of them go."""
+    length = min(map(len, curves))
+    return curves[0][:length, 0], np.mean([curve[:length, 1] for curve in curves], axis=0)

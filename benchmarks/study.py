@@ -394,14 +394,7 @@ def page(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> str:
             "Test data; one thing changed at a time, the same seeds.",
         ]
         parts += [_variants_table(targets, variants_of(study, done)), *_figures(study, done)]
-    parts += [
-        "## Tuning",
-        f"{len(done['tune'])} trials drawn at random from [tuner_config.yaml](tuner_config.yaml), seed "
-        f"{study['seeds'][0]}, ranked by `{study['select']}` on the validation data. All results above have the "
-        "settings of the first; the test data took no part in the choice."
-        + (" A trial is a run for each label, which the csv files list one by one." if study["labels"] else ""),
-        _trials_table(study, done["tune"]),
-    ]
+    parts += ["## Tuning", _tuning(study, len(done["tune"])), _trials_table(study, done["tune"])]
     if (folder / "NOTES.md").exists():
         parts += ["## Notes", (folder / "NOTES.md").read_text().strip()]
     return "\n\n".join(parts) + "\n"
@@ -484,6 +477,18 @@ def _figures(study: dict, done: dict[str, list[tuple[Job, dict]]]) -> list[str]:
             markdown(["lower", "higher", "paper", "where", "here", "holds"], compared(stated, aucs)),
         ]
     return parts
+
+
+def _tuning(study: dict, trials: int) -> str:
+    """Says how the settings were found."""
+    if trials == 1:
+        return "No search on these data: [tuner_config.yaml](tuner_config.yaml) has one setting."
+    return (
+        f"{trials} trials drawn at random from [tuner_config.yaml](tuner_config.yaml), seed {study['seeds'][0]}, "
+        f"ranked by `{study['select']}` on the validation data. All results above have the settings of the first; "
+        "the test data took no part in the choice."
+        + (" A trial is a run for each label, which the csv files list one by one." if study["labels"] else "")
+    )
 
 
 def _trials_table(study: dict, trials: list[tuple[Job, dict]]) -> str:

@@ -1,10 +1,15 @@
-"""Writes the tables of benchmarks/README.md from the result files beside it: python benchmarks/tables.py."""
+"""Writes the tables and draws the learning curves of benchmarks/README.md from the result files beside it.
+
+python benchmarks/tables.py
+"""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
+from figures import draw_curves
 from flowctr.compare import best_marks
 from flowctr.metrics import LOG_METRICS
 from flowctr.results import NOT_SETTINGS, read_published
@@ -13,6 +18,7 @@ from study import final_results, markdown, read, spread, targets_of, value_of
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 METRICS = ("gAUC", "AUC", "logloss", "NE")
+CURVES = 5  # as many as a figure has colours for
 SIGNIFICANCE = (
     "Bold: better than every other experiment of the table, each by a paired t-test over the seeds, p < .05 after "
     "Holm's correction."
@@ -20,8 +26,17 @@ SIGNIFICANCE = (
 
 
 def main() -> None:
-    """Rewrites what stands between the markers of each table."""
-    README.write_text(filled(README.read_text()))
+    """Rewrites what stands between the markers of each table; draws the leaders' curves for each table of studies."""
+    page = README.read_text()
+    README.write_text(filled(page))
+    for dataset_id in re.findall("<!-- table: studies (.+) -->", page):
+        finals = {folder.name: final_results(folder) for folder in study_folders(dataset_id)}
+        # A model for each label has no curve of its mean.
+        finals = {name: runs for name, runs in finals.items() if not any("runs" in run for run in runs)}
+        *_, target = targets_of(next(iter(finals.values()))[0])
+        leaders = sorted(finals, key=lambda name: -mean_auc(finals[name], target))[:CURVES]
+        metric = f"AUC{''.join(target.partition('@')[1:])}"
+        draw_curves(HERE / f"curves_{dataset_id}.png", {name: finals[name] for name in leaders}, metric)
 
 
 def filled(page: str) -> str:
@@ -48,13 +63,24 @@ def table(name: str) -> str:
 
 def studies(dataset_id: str) -> str:
     """Lists the studies on a data set."""
-    folders = [path.parent for path in HERE.glob("*/*/tuner_config.yaml")]
-    folders = [folder for folder in folders if read(folder)["dataset_id"] == dataset_id]
-    if unfinished := [str(folder) for folder in folders if not (folder / "results").exists()]:
-        sys.exit(f"studies without results: {', '.join(unfinished)}; run them and write them with study.py first")
+    folders = study_folders(dataset_id)
     return _leaders(
         {f"[{folder.name}]({folder.relative_to(HERE)}/README.md)": final_results(folder) for folder in folders}
     )
+
+
+def study_folders(dataset_id: str) -> list[Path]:
+    """Lists the folders of the studies on a data set."""
+    folders = [path.parent for path in sorted(HERE.glob("*/*/tuner_config.yaml"))]
+    folders = [folder for folder in folders if read(folder)["dataset_id"] == dataset_id]
+    if unfinished := [str(folder) for folder in folders if not (folder / "results").exists()]:
+        sys.exit(f"studies without results: {', '.join(unfinished)}; run them and write them with study.py first")
+    return folders
+
+
+def mean_auc(results: list[dict], target: str) -> float:
+    """Returns the mean over the seeds of a target's test AUC."""
+    return float(np.mean([value_of(result, "test", target, "AUC") for result in results]))
 
 
 def experiments(dataset_id: str) -> str:
@@ -73,7 +99,7 @@ def _leaders(finals: dict[str, list[dict]]) -> str:
     *_, summary = targets = targets_of(next(iter(finals.values()))[0])
     columns = [(target, "AUC") for target in targets if "@" not in target or target == summary]
     columns += [(summary, "gAUC"), (summary, "NE")]
-    names = sorted(finals, key=lambda name: -np.mean([value_of(r, "test", summary, "AUC") for r in finals[name]]))
+    names = sorted(finals, key=lambda name: -mean_auc(finals[name], summary))
     cells = []
     for target, metric in columns:
         values = [{r["seed"]: value_of(r, "test", target, metric) for r in finals[name]} for name in names]

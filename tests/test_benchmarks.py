@@ -330,6 +330,27 @@ def test_a_sweep_says_what_the_model_takes_otherwise(study, baseline):
         study.write(baseline)
 
 
+def test_a_curve_is_the_mean_of_its_runs_by_epochs(study):
+    """As far as all of them go; an epoch ends where the validation data are evaluated for the last time in it."""
+    figures = sys.modules["figures"]
+
+    def run(*aucs):
+        valid = [{"step": 20 * i, "epoch": (i + 1) // 2, "AUC": auc} for i, auc in enumerate(aucs, 1)]
+        return {"curves": {"train": [{"step": 10, "epoch": 1, "loss": 2.0}], "valid": valid}}
+
+    runs = [run(0.6, 0.7, 0.8), run(0.7, 0.8)]
+    epochs, values = figures._mean_curve([figures._curve(each, "valid", "AUC") for each in runs])
+    np.testing.assert_allclose(epochs, [0.5, 1.0])
+    np.testing.assert_allclose(values, [0.65, 0.75])
+    np.testing.assert_allclose(figures._curve(runs[0], "train", "loss"), [[0.25, 2.0]])
+
+
+def test_the_page_of_a_single_setting_claims_no_search(study):
+    read = {"seeds": [2025], "select": "AUC", "labels": []}
+    assert study._tuning(read, 1) == "No search on these data: [tuner_config.yaml](tuner_config.yaml) has one setting."
+    assert study._tuning(read, 12).startswith("12 trials drawn at random")
+
+
 def test_differences_are_seed_by_seed(study):
     figures = sys.modules["figures"]
     aucs = {"as tuned": {1: 0.7, 2: 0.8, 3: 0.6}, "a": {2: 0.79, 1: 0.67}, "b": {3: 0.65}}
