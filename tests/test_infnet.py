@@ -64,6 +64,9 @@ VARIANTS = [
     {"version": "v2", "bgu_expansion": 0},
     {"version": "v2", "hubs_per_behavior": 2},
     {"version": "v1", "head_input": "all", "target_matches": True},
+    {"version": "v1", "head_input": "all", "cross_rank": 5},
+    {"version": "v1", "task_blind": True, "cross_rank": 5},
+    {"version": "v2", "aggregation": "all_to_all", "cross_rank": 5},
 ]
 NAMES = [", ".join(str(value) for value in variant.values()) for variant in VARIANTS]
 
@@ -390,6 +393,41 @@ def test_without_aggregation_the_head_reads_the_task_token_and_the_first_hubs():
             torch.testing.assert_close(out[row], torch.cat(expected), atol=1e-5, rtol=0)
 
 
+def crossed(model, fields, events):
+    """``Gating(W (z + z * (U V z + b)))`` of one row, flattened; z are the field tokens and each behaviour's mean."""
+    layers = model.crosses
+    z = torch.cat([*fields, *(sum(steps, torch.zeros(8)) / (len(steps) or 1) for steps in events.values())])
+    z = z + z * dense(layers.cross.up, layers.cross.down.weight @ z)
+    tokens = dense(layers.compress, z).split(8)
+    gates = [dense(layers.gate.mlp[2], torch.nn.functional.silu(dense(layers.gate.mlp[0], token))) for token in tokens]
+    return torch.cat([token * torch.sigmoid(gate) for token, gate in zip(tokens, gates)])
+
+
+@pytest.mark.parametrize("options", [{"version": "v1", "head_input": "all"}, {"version": "v2"}], ids=["v1", "v2"])
+def test_heads_read_the_cross_beside_what_they_read_without_it(options):
+    model, batch = build(cross_rank=5, **options), toy_batch(toy_feature_map(LABELS))
+    out, reference = predict(model, batch), v1_reference if options["version"] == "v1" else v2_reference
+    with torch.no_grad():
+        for row in (0, 1, 4):
+            fields, events, _ = groups_of(model, batch, row)
+            inputs = [torch.cat([x, crossed(model, fields, events)]) for x in reference(model, batch, row)]
+            expected = [torch.sigmoid(mlp(h.mlp, x)) for h, x in zip(model.heads.towers, inputs)]
+            torch.testing.assert_close(out[row], torch.cat(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"task_blind": True}], ids=["a head's own input", "one input of all heads"])
+def test_heads_that_do_not_weigh_the_cross_predict_as_without_it(options):
+    plain, model, batch = build(**options), build(cross_rank=5, **options), toy_batch(toy_feature_map(LABELS))
+    assert not any(name.startswith("crosses") for name in plain.state_dict())
+    weights = plain.state_dict()
+    for name, weight in model.state_dict().items():
+        if name.endswith("mlp.0.weight") and name.startswith("heads"):  # columns of the cross are the last ones
+            weights[name] = torch.nn.functional.pad(weights[name], (0, weight.shape[1] - weights[name].shape[1]))
+        weights.setdefault(name, weight)
+    model.load_state_dict(weights)
+    torch.testing.assert_close(predict(model, batch), predict(plain, batch))
+
+
 EXPERIMENTS = [expid for expid in yaml.safe_load((CONFIG / "model_config.yaml").read_text()) if expid != "Base"]
 ABLATED = {f"INFNet_{version}_kuairand_pure_window": version for version in ("v1", "v2")}
 EXTENDED = "INFNet_v1_kuairand_pure_window_extended"
@@ -423,6 +461,9 @@ def test_what_goes_beyond_the_paper_can_be_left_out_one_by_one():
     for name, change in without.items():
         expid = f"{EXTENDED}_{name}"
         assert config.load(CONFIG, expid) == {**extended, **change, "model_id": expid} != extended
+    crossed = config.load(CONFIG, f"{EXTENDED}_cross")
+    without_cross = {**crossed, "cross_rank": None, "model_id": f"{EXTENDED}_cross_no_cross"}
+    assert config.load(CONFIG, f"{EXTENDED}_cross_no_cross") == without_cross != crossed
 
 
 CHANGES = {
@@ -447,6 +488,7 @@ CHANGES = {
     "bgu_expansion": 0,
     "residual": False,
     "head_input": "both",
+    "cross_rank": 5,
     "task_blind": True,
     "head_hidden_units": [16, 6],
     "head_activation": "SiLU",
@@ -491,6 +533,7 @@ def test_no_argument_is_left_untested():
         ({"num_field_hubs": 0}, "num_field_hubs must be a whole number of at least 1; got 0"),
         ({"num_task_hubs": 0}, "num_task_hubs must be a whole number of at least 1; got 0"),
         ({"hubs_per_behavior": 0}, "hubs_per_behavior must be a whole number of at least 1; got 0"),
+        ({"cross_rank": 0}, "cross_rank must be a whole number of at least 1; got 0"),
         ({"num_blocks": 0}, "num_blocks must be a whole number of at least 1; got 0"),
         ({"bgu_expansion": -1}, "bgu_expansion must be a whole number of at least 1; got -1"),
         (
@@ -609,8 +652,9 @@ def test_attention_readout_follows_the_attention():
     assert weights[:, 5] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
-def test_forward_compiles_without_graph_breaks():
-    model, batch = build(), toy_batch(toy_feature_map(LABELS))
+@pytest.mark.parametrize("options", [{}, {"version": "v1", "cross_rank": 5}], ids=["plain", "cross"])
+def test_forward_compiles_without_graph_breaks(options):
+    model, batch = build(**options), toy_batch(toy_feature_map(LABELS))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(batch)["like_pred"], model(batch)["like_pred"])

@@ -13,7 +13,8 @@ Differs from the papers:
   * The last block builds only what the head reads; attention over a single token is that token's value.
   * Options beyond the papers, off by default: ``head_input: all`` lets the heads read the field and sequence hubs
     beside their token; ``target_matches`` gives the fields a token of how each behaviour's events match the target,
-    ``target_attention`` tokens of the events that DIN's attention picks for it.
+    ``target_attention`` tokens of the events that DIN's attention picks for it; ``cross_rank`` lets the heads read
+    a cross of DCNv2 over all field tokens and a summary of each behaviour as well.
 """
 
 import warnings
@@ -32,6 +33,7 @@ from fuxictr.pytorch.models import MultiTaskModel
 from torch import nn
 
 from .blocks import Block, Broadcast, build_aggregation, plan_blocks
+from .crosses import CrossTokens
 from .hubs import EventTokens, FieldHubs, SequenceHubs, TaskHubs
 
 PRESETS = {
@@ -93,6 +95,8 @@ class INFNet(MultiTaskModel):
         residual: Residual and LayerNorm around both stages; False: v1's equations as printed.
         head_input: What a head reads: its task ``token``, its task ``hub``, ``both``; or ``all``: its token and all
             field and sequence hubs.
+        cross_rank: Rank of a DCNv2 cross of the field tokens and a summary of each behaviour, which the heads read too,
+            compressed to as many tokens as there are field hubs; none: no cross.
         task_blind: Ablation: no task tokens; all heads read the field and sequence hubs.
         attention_dropout: Dropout on attention weights.
         head_hidden_units: Hidden widths of each head.
@@ -135,6 +139,7 @@ class INFNet(MultiTaskModel):
         bgu_expansion=4,
         residual=True,
         head_input="token",
+        cross_rank=None,
         task_blind=False,
         attention_dropout=0.0,
         head_hidden_units=(128, 64),
@@ -175,6 +180,8 @@ class INFNet(MultiTaskModel):
         )
         if bgu_expansion != 0:  # 0: one linear map
             check_positive(bgu_expansion=bgu_expansion)
+        if cross_rank is not None:
+            check_positive(cross_rank=cross_rank)
         _check_heads_are_fed(use.aggregation, use.broadcast, gate_hubs, head_input, task_blind)
         self.tokens = FeatureTokens(
             feature_map, embedding_dim, behaviors, embedding_initializer, target_matches, target_attention
@@ -233,8 +240,13 @@ class INFNet(MultiTaskModel):
         self.initial_hubs = nn.ModuleDict({group: build_hubs[group]() for group in initial_hubs})
         pooled_width = sum(num_hubs[group] for group in pooled_groups) * dim
         token_width = dim * (1 + (head_input == "both"))
+        cross_width = 0
+        self.crosses = None
+        if cross_rank is not None:
+            self.crosses = CrossTokens(num_fields, len(self.tokens.behaviors), use.num_field_hubs, dim, cross_rank)
+            cross_width = use.num_field_hubs * dim
         self.heads = TaskHeads(
-            pooled_width if task_blind else token_width + pooled_width * self.reads_hubs,
+            (pooled_width if task_blind else token_width + pooled_width * self.reads_hubs) + cross_width,
             labels,
             head_hidden_units,
             self.output_activation,
@@ -250,9 +262,10 @@ class INFNet(MultiTaskModel):
         """Predicts every label, ``{"<label>_pred": (B, 1)}`` (and ``"y_pred"`` when there is one label)."""
         tokens, masks, events = self.tokenize(self.get_inputs(inputs))  # T (B, K, D), C (B, M, D), S (B, L, D)
         hubs = {group: initial(tokens, events) for group, initial in self.initial_hubs.items()}
+        crossed = None if self.crosses is None else self.crosses(tokens["fields"], events)
         for block in self.blocks:
             tokens, hubs = block(tokens, hubs, masks)
-        return self.heads(self.head_inputs(tokens, hubs))
+        return self.heads(self.with_crosses(self.head_inputs(tokens, hubs), crossed))
 
     def tokenize(self, inputs):
         """Builds the token groups.
@@ -285,6 +298,14 @@ class INFNet(MultiTaskModel):
         if self.head_input == "hub":
             del streams["token"]
         return torch.cat(list(streams.values()), dim=-1)
+
+    @staticmethod
+    def with_crosses(x, crossed):
+        """Appends the crossed tokens, ``(B, N, D)`` or None, to the input of every head."""
+        if crossed is None:
+            return x
+        crossed = crossed.flatten(1)
+        return torch.cat([x, crossed if x.dim() == 2 else crossed.unsqueeze(1).expand(-1, x.shape[1], -1)], dim=-1)
 
     @torch.no_grad()
     def attention_maps(self, inputs):
