@@ -12,7 +12,7 @@ import numpy as np
 from figures import draw_curves
 from flowctr.compare import best_marks
 from flowctr.metrics import LOG_METRICS
-from flowctr.results import NOT_SETTINGS, read_published
+from flowctr.results import read_published
 from study import final_results, markdown, read, spread, targets_of, value_of
 
 HERE = Path(__file__).parent
@@ -50,23 +50,38 @@ def filled(page: str) -> str:
 
 
 def table(name: str) -> str:
-    """Builds one table: what a speed script measured, or a data set's studies, single runs or published rows."""
+    """Builds one table: what a speed script measured, or a data set's studies or published rows."""
     measured = (data_speed, scaling, pairs, distributed, buckets, precision)
     speed = {function.__name__.removesuffix("_speed"): function for function in measured}
     if name in speed:
         return speed[name]()
     kind, _, dataset_id = name.rpartition(" ")
-    kinds = {"studies": studies, "experiments": experiments, "published": published, "training": training, "": runs}
-    kinds["short"] = short_records
-    return kinds[kind](dataset_id)
+    return {"studies": studies, "published": published, "training": training}[kind](dataset_id)
 
 
 def studies(dataset_id: str) -> str:
-    """Lists the studies on a data set."""
+    """Lists the studies on a data set, the best on the test data first: mean and deviation over the seeds.
+
+    What is significantly better than all others is bold.
+    """
     folders = study_folders(dataset_id)
-    return _leaders(
-        {f"[{folder.name}]({folder.relative_to(HERE)}/README.md)": final_results(folder) for folder in folders}
-    )
+    finals = {f"[{folder.name}]({folder.relative_to(HERE)}/README.md)": final_results(folder) for folder in folders}
+    *_, summary = targets = targets_of(next(iter(finals.values()))[0])
+    columns = [(target, "AUC") for target in targets if "@" not in target or target == summary]
+    columns += [(summary, "gAUC"), (summary, "NE")]
+    names = sorted(finals, key=lambda name: -mean_auc(finals[name], summary))
+    cells = []
+    for target, metric in columns:
+        values = [{r["seed"]: value_of(r, "test", target, metric) for r in finals[name]} for name in names]
+        marks = best_marks(values, lower_is_better=metric in LOG_METRICS)
+        shown = [spread(list(by_seed.values())) for by_seed in values]
+        cells.append([f"**{text}**" if mark else text for text, mark in zip(shown, marks)])
+    rows = [
+        [name, len(finals[name]), *values, f"{finals[name][0]['parameters']['non_embedding']:,}"]
+        for name, values in zip(names, zip(*cells))
+    ]
+    lines = markdown(["experiment", "seeds", *(" ".join(column).strip() for column in columns), "parameters"], rows)
+    return f"{lines}\n\n{SIGNIFICANCE}" if len(names) > 1 else lines
 
 
 def study_folders(dataset_id: str) -> list[Path]:
@@ -83,90 +98,6 @@ def mean_auc(results: list[dict], target: str) -> float:
     return float(np.mean([value_of(result, "test", target, "AUC") for result in results]))
 
 
-def experiments(dataset_id: str) -> str:
-    """Lists the experiments whose runs on a data set lie in the models' folders, outside of studies."""
-    by_expid: dict[str, list[dict]] = {}
-    for result in _single_runs(dataset_id):
-        by_expid.setdefault(result["expid"], []).append(result)
-    return _leaders(by_expid)
-
-
-def _leaders(finals: dict[str, list[dict]]) -> str:
-    """Lists experiments, the best on the test data first: mean and deviation over the seeds.
-
-    What is significantly better than all others is bold.
-    """
-    *_, summary = targets = targets_of(next(iter(finals.values()))[0])
-    columns = [(target, "AUC") for target in targets if "@" not in target or target == summary]
-    columns += [(summary, "gAUC"), (summary, "NE")]
-    names = sorted(finals, key=lambda name: -mean_auc(finals[name], summary))
-    cells = []
-    for target, metric in columns:
-        values = [{r["seed"]: value_of(r, "test", target, metric) for r in finals[name]} for name in names]
-        marks = best_marks(values, lower_is_better=metric in LOG_METRICS)
-        shown = [spread(list(by_seed.values())) for by_seed in values]
-        cells.append([f"**{text}**" if mark else text for text, mark in zip(shown, marks)])
-    rows = [
-        [name, len(finals[name]), *values, f"{finals[name][0]['parameters']['non_embedding']:,}"]
-        for name, values in zip(names, zip(*cells))
-    ]
-    lines = markdown(["experiment", "seeds", *map(" ".join, columns), "parameters"], rows)
-    return f"{lines}\n\n{SIGNIFICANCE}" if len(names) > 1 else lines
-
-
-def runs(dataset_id: str) -> str:
-    """Lists the single runs of a data set, the best on its validation data first."""
-    results = sorted(_single_runs(dataset_id), key=lambda result: -result["metrics"]["valid"]["AUC"])
-    labelled = any(len(result["labels"]) > 1 for result in results)
-    rows = []
-    for result in results:
-        targets = [*result["labels"], "mean"] if labelled else [""]
-        for target in targets:
-            prefix = f"{target}_" if target not in ("", "mean") else ""
-            values = [result["metrics"][split].get(prefix + name) for split in ("valid", "test") for name in METRICS]
-            first = target == targets[0]
-            rows.append(
-                [
-                    *([result["model"], settings(result, results), result["seed"]] if first else [""] * 3),
-                    *([target] if labelled else []),
-                    *("–" if value is None else f"{value:.4f}" for value in values),
-                ]
-            )
-    columns = ["model", "settings", "seed", *(["label"] if labelled else [])]
-    columns += [f"{split} {name}" for split in ("valid", "test") for name in METRICS]
-    return markdown(columns, rows)
-
-
-def _single_runs(dataset_id: str) -> list[dict]:
-    """Reads the runs on a data set that lie in the models' folders; in ``results`` are those of whoever works here."""
-    files = [path for path in sorted(HERE.glob("*/*.json")) if path.parent.name != "results"]
-    results = [json.loads(path.read_text()) for path in files]
-    return [result for result in results if result["dataset_id"] == dataset_id]
-
-
-def short_records(dataset_id: str) -> str:
-    """Lists the runs of which only settings and metrics are kept: each model's best trial, with more seeds of it.
-
-    A trial is the first run of a setting in the file; other seeds of the best one may lie below the next trial.
-    """
-    lines = map(json.loads, (HERE / "amazon_sports_din_runs.jsonl").read_text().splitlines())
-    models: dict[str, dict[str, list[dict]]] = {}
-    for line in lines:
-        if line["dataset_id"] == dataset_id:
-            model, _, _ = line["expid"].partition("_")
-            models.setdefault(model, {}).setdefault(json.dumps(line["settings"], sort_keys=True), []).append(line)
-    rows = []
-    for model, tried in models.items():
-        best = max(tried, key=lambda setting: tried[setting][0]["valid"]["gAUC"])
-        chosen = ", ".join(f"{key} {value}" for key, value in json.loads(best).items())
-        columns = [(split, name) for split in ("valid", "test") for name in ("gAUC", "AUC")]
-        values = [spread([run[split][name] for run in tried[best]]) for split, name in columns]
-        rows.append([model, len(tried), chosen, len(tried[best]), *values])
-    rows.sort(key=lambda row: row[4], reverse=True)
-    columns = ["model", "settings tried", "best on the validation data", "seeds"]
-    return markdown([*columns, "valid gAUC", "valid AUC", "test gAUC", "test AUC"], rows)
-
-
 def published(dataset_id: str) -> str:
     """Lists what others report on a data set, the best AUC first."""
     rows = [row for row in read_published(HERE / "published_results.csv") if row.dataset_id == dataset_id]
@@ -174,16 +105,6 @@ def published(dataset_id: str) -> str:
     names = [name for name in METRICS if any(name in row.metrics for row in rows)]
     lines = [[row.model, row.task, *(f"{row.metrics[name]:.4f}" for name in names), row.source] for row in rows]
     return markdown(["model", "task", *(f"test {name}" for name in names), "source"], lines)
-
-
-def settings(result: dict, results: list[dict]) -> str:
-    """Names what the run has set and another run of the same model has not, or otherwise."""
-    configs = [other["config"] for other in results if other["model"] == result["model"]]
-    return ", ".join(
-        f"{key} {value}"
-        for key, value in result["config"].items()
-        if key not in {*NOT_SETTINGS, "model", "cuda_graphs"} and any(config.get(key) != value for config in configs)
-    )
 
 
 def data_speed() -> str:

@@ -17,7 +17,7 @@ MEAN = "mean"
 NOT_SETTINGS = {
     *("seed", "gpu", "model_id", "model_root", "zoo", "verbose", "resume", "checkpoint_steps", "tensorboard"),
     *("feature_cols", "data_root", "train_data", "valid_data", "test_data"),
-    *("data_on_device", "num_workers", "pin_memory"),
+    *("data_on_device", "num_workers", "pin_memory", "cuda_graphs"),
 }
 
 PUBLISHED_COLUMNS = ("dataset_id", "task", "model", "gAUC", "AUC", "logloss", "parameters", "source")

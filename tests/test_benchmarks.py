@@ -40,42 +40,6 @@ def test_the_page_is_what_the_result_files_say(tables):
     assert page.count("<!-- table: ") == page.count("<!-- end -->") > 0
 
 
-def test_what_was_run_from_here_is_not_published(tables, tmp_path, monkeypatch):
-    """Runs of the baselines' configurations write to the folder ``results``."""
-    result = json.loads(next(BENCHMARKS.glob("STEM/*/results/*.json")).read_text())
-    for folder, seed in (("STEM", 1), ("results", 2)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "run.json").write_text(json.dumps({**result, "seed": seed}))
-    monkeypatch.setattr(tables, "HERE", tmp_path)
-    assert f"| {result['expid']} | 1 |" in tables.table(f"experiments {result['dataset_id']}")
-    assert tables.table(result["dataset_id"]).count("| STEM |") == 1
-
-
-def test_a_row_has_the_numbers_of_its_file(tables):
-    path = next(iter(sorted(BENCHMARKS.glob("InterFormer/*.json"))))
-    result = json.loads(path.read_text())
-    valid = result["metrics"]["valid"]
-    assert f"| {valid['gAUC']:.4f} | {valid['AUC']:.4f} |" in tables.table(result["dataset_id"])
-
-
-def test_of_short_records_each_models_best_trial_is_shown_with_its_seeds(tables, tmp_path, monkeypatch):
-    trials = [(0.1, 1, 0.80, 0.70), (0.2, 1, 0.82, 0.72), (0.2, 2, 0.76, 0.74), (0.3, 1, 0.81, 0.99)]
-    lines = [
-        {
-            **{"expid": "DIN_data_x", "dataset_id": dataset_id, "seed": seed, "settings": {"net_dropout": dropout}},
-            **{"valid": {"gAUC": valid, "AUC": valid}, "test": {"gAUC": test, "AUC": test}},
-        }
-        for dataset_id in ("data", "other")
-        for dropout, seed, valid, test in trials
-    ]
-    (tmp_path / "amazon_sports_din_runs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    monkeypatch.setattr(tables, "HERE", tmp_path)
-    row = tables.table("short data").splitlines()[2:]
-    assert row == [
-        "| DIN | 3 | net_dropout 0.2 | 2 | 0.7900 ± 0.0424 | 0.7900 ± 0.0424 | 0.7300 ± 0.0141 | 0.7300 ± 0.0141 |"
-    ]
-
-
 def test_studies_without_results_are_named(tables, tmp_path, monkeypatch):
     (tmp_path / "FM" / "FM_data").mkdir(parents=True)
     (tmp_path / "FM" / "FM_data" / "tuner_config.yaml").write_text("dataset_id: data\n")
