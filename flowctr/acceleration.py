@@ -172,12 +172,21 @@ class GraphedStep:
     def _capture(self, step: "CapturedStep") -> None:
         self.model.optimizer.zero_grad(set_to_none=True)  # gradients belong to the graphs' own memory
         graph = torch.cuda.CUDAGraph()
-        with (  # thread_local: the loader's thread may go on copying batches meanwhile
-            without_garbage_collection(),
-            torch.cuda.device(self.model.device),  # on which the capture's stream is made
-            torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"),
-        ):
-            step.loss = self._train_step(step).detach()
+        try:
+            with (  # thread_local: the loader's thread may go on copying batches meanwhile
+                without_garbage_collection(),
+                torch.cuda.device(self.model.device),  # on which the capture's stream is made
+                torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"),
+            ):
+                step.loss = self._train_step(step).detach()
+        except RuntimeError as error:
+            if "CUDA error" not in str(error):
+                raise
+            raise RuntimeError(
+                f"cuda_graphs: CUDA could not capture a step of {row_count(step.inputs)} rows "
+                f"({str(error).splitlines()[0]}). A GPU without free memory is reported so, too: take a smaller "
+                "batch_size or fewer runs at a time, or turn cuda_graphs off"
+            ) from error
         self.memory = graph.pool()
         step.graph = graph  # not earlier: memory that no graph holds any more cannot be captured into
 

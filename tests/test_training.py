@@ -369,14 +369,20 @@ def test_a_captured_step_sees_each_batch_and_learning_rate(tmp_path, optimizer):
     assert len(addresses) == 3  # warm-up and replay of a shape read the same memory
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_no_garbage_is_collected_while_a_step_is_captured(tmp_path, monkeypatch, fails):
-    """An older graph freed there would spoil the capture: torch refuses what CUDA forbids meanwhile."""
+@pytest.fixture
+def capturing(tmp_path, monkeypatch):
+    """A step to be captured, and its model; stand-ins take the place of CUDA's graphs."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     model = build(SingleTask, tmp_path)
-    step, batch = GraphedStep(model), toy_batch(model.feature_map, rows=8)
+    return model, CapturedStep(toy_batch(model.feature_map, rows=8))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_while_a_step_is_captured(capturing, fails):
+    """An older graph freed there would spoil the capture: torch refuses what CUDA forbids meanwhile."""
+    model, step = capturing
     seen = []
 
     def train_step(batch):
@@ -386,10 +392,22 @@ def test_no_garbage_is_collected_while_a_step_is_captured(tmp_path, monkeypatch,
         return torch.zeros(1)
 
     model.train_step = train_step
-    with pytest.raises(RuntimeError, match="of the step") if fails else nullcontext():
-        step._capture(CapturedStep(batch))
+    with pytest.raises(RuntimeError, match=r"^of the step$") if fails else nullcontext():
+        GraphedStep(model)._capture(step)
     assert seen == [False]
     assert gc.isenabled()
+
+
+def test_a_refused_capture_says_what_to_do(capturing):
+    model, step = capturing
+
+    def train_step(batch):
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nCompile with ...")
+
+    model.train_step = train_step
+    message = r"could not capture a step of 8 rows \(CUDA error: .* during capture\)\. .* smaller batch_size"
+    with pytest.raises(RuntimeError, match=message):
+        GraphedStep(model)._capture(step)
 
 
 @pytest.mark.parametrize("makes_its_mask_on_the_host", [True, False])
