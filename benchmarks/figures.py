@@ -199,18 +199,15 @@ def draw_sweeps(
         figure.savefig(path, dpi=130, metadata=METADATA)
 
 
-def draw_curves(path: Path, experiments: dict[str, list[dict]], metric: str) -> None:
-    """Draws the training loss and a validation metric by epochs, as the mean over the runs of each experiment.
-
-    A mean ends where the first of its runs does.
-    """
+def draw_curves(path: Path, runs: dict[str, dict], metric: str) -> None:
+    """Draws the training loss and a validation metric by epochs, of one run of each experiment, five at most."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         panels = figure.subplots(1, 2)
         for panel, split, key in zip(panels, ("train", "valid"), ("loss", metric)):
-            for (color, _), (name, runs) in zip(COLORS, experiments.items(), strict=False):
-                epochs, values = _mean_curve([_curve(run, split, key) for run in runs])
-                panel.plot(epochs, values, "o-" if split == "valid" else "-", ms=3, lw=1, color=color, label=name)
+            for (color, _), (name, run) in zip(COLORS[: len(runs)], runs.items(), strict=True):
+                style = "o-" if split == "valid" else "-"
+                panel.plot(*curve_of(run, split, key).T, style, ms=3, lw=1, color=color, label=name)
             panel.set_xlabel("epochs")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[0].set_ylabel("training loss")
@@ -219,14 +216,14 @@ def draw_curves(path: Path, experiments: dict[str, list[dict]], metric: str) -> 
         figure.savefig(path, dpi=130, metadata=METADATA)
 
 
-def _curve(result: dict, split: str, key: str) -> np.ndarray:
-    """Returns the points ``(epochs, value)`` of a run's curve."""
+def median_run(results: list[dict], metric: str) -> dict:
+    """Picks the run in the middle by its best value on the validation data; of an even number the lower one."""
+    ranked = sorted(results, key=lambda result: curve_of(result, "valid", metric)[:, 1].max())
+    return ranked[(len(ranked) - 1) // 2]
+
+
+def curve_of(result: dict, split: str, key: str) -> np.ndarray:
+    """Returns the points ``(epochs, value)`` of a run's curve; the epoch ends with its last evaluation."""
     points = result["curves"][split]
     steps_per_epoch = max(p["step"] for part in result["curves"].values() for p in part if p["epoch"] == 1)
     return np.array([(point["step"] / steps_per_epoch, point[key]) for point in points])
-
-
-def _mean_curve(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Averages curves with points at the same places as far as all of them go."""
-    length = min(map(len, curves))
-    return curves[0][:length, 0], np.mean([curve[:length, 1] for curve in curves], axis=0)

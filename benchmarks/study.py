@@ -4,7 +4,8 @@ A study is a folder laid out as BARS does, and this script fills it from its ``t
 
     tuner_config.yaml   base_config, base_expid and tuner_space, as FuxiCTR's tuner has them; trials, seeds, ablations,
                         sweeps, and under defaults what a swept option is where the configuration does not name it;
-                        labels, for a model for one label: it is trained for each of them, and judged by all
+                        labels, for a model for one label: it is trained for each of them, and judged by all; tuned_on,
+                        the data set on which the one setting of a space without a choice was found
     tuner_config.csv    one result line per trial, the best on the validation data first
     results.csv         one result line per seed of the best trial's settings; results/ has the files of these runs
     variants.csv        one result line per seed of every ablation and of every value of a sweep
@@ -482,7 +483,8 @@ def _figures(study: dict, done: dict[str, list[tuple[Job, dict]]]) -> list[str]:
 def _tuning(study: dict, trials: int) -> str:
     """Says how the settings were found."""
     if trials == 1:
-        return "No search on these data: [tuner_config.yaml](tuner_config.yaml) has one setting."
+        found = f"the setting of [tuner_config.yaml](tuner_config.yaml) was found on `{study['tuned_on']}`"
+        return f"No search on these data: {found}."
     return (
         f"{trials} trials drawn at random from [tuner_config.yaml](tuner_config.yaml), seed {study['seeds'][0]}, "
         f"ranked by `{study['select']}` on the validation data. All results above have the settings of the first; "

@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from figures import draw_curves
+from figures import draw_curves, median_run
 from flowctr.compare import best_marks
 from flowctr.metrics import LOG_METRICS
+from flowctr.pages import COLORS
 from flowctr.results import read_published
 from study import final_results, markdown, read, spread, targets_of, value_of
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 METRICS = ("gAUC", "AUC", "logloss", "NE")
-CURVES = 5  # as many as a figure has colours for
 SIGNIFICANCE = (
     "Bold: better than every other experiment of the table, each by a paired t-test over the seeds, p < .05 after "
     "Holm's correction."
@@ -30,13 +30,20 @@ def main() -> None:
     page = README.read_text()
     README.write_text(filled(page))
     for dataset_id in re.findall("<!-- table: studies (.+) -->", page):
-        finals = {folder.name: final_results(folder) for folder in study_folders(dataset_id)}
-        # A model for each label has no curve of its mean.
-        finals = {name: runs for name, runs in finals.items() if not any("runs" in run for run in runs)}
-        *_, target = targets_of(next(iter(finals.values()))[0])
-        leaders = sorted(finals, key=lambda name: -mean_auc(finals[name], target))[:CURVES]
-        metric = f"AUC{''.join(target.partition('@')[1:])}"
-        draw_curves(HERE / f"curves_{dataset_id}.png", {name: finals[name] for name in leaders}, metric)
+        draw_curves(HERE / f"curves_{dataset_id}.png", *leaders(dataset_id))
+
+
+def leaders(dataset_id: str) -> tuple[dict[str, dict], str]:
+    """Gives the median runs of the studies that are best on the test data, and the metric that ranks them.
+
+    A model for each label has no curve of its mean, and is left out.
+    """
+    finals = {folder.name: final_results(folder) for folder in study_folders(dataset_id)}
+    finals = {name: runs for name, runs in finals.items() if not any("runs" in run for run in runs)}
+    *_, target = targets_of(next(iter(finals.values()))[0])
+    metric = f"AUC{''.join(target.partition('@')[1:])}"
+    names = sorted(finals, key=lambda name: -mean_auc(finals[name], target))[: len(COLORS)]
+    return {name: median_run(finals[name], metric) for name in names}, metric
 
 
 def filled(page: str) -> str:

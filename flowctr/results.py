@@ -14,6 +14,7 @@ METRICS = ("AUC", "gAUC", "logloss", "NE")
 MEAN = "mean"
 
 # Of a configuration: where and how a run ran, not what it was, and the columns of its data set, which have a digest.
+# With cuda_graphs a step is the same up to rounding; a run whose capture CUDA refuses is repeated without it.
 NOT_SETTINGS = {
     *("seed", "gpu", "model_id", "model_root", "zoo", "verbose", "resume", "checkpoint_steps", "tensorboard"),
     *("feature_cols", "data_root", "train_data", "valid_data", "test_data"),

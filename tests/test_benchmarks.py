@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -294,24 +295,40 @@ def test_a_sweep_says_what_the_model_takes_otherwise(study, baseline):
         study.write(baseline)
 
 
-def test_a_curve_is_the_mean_of_its_runs_by_epochs(study):
-    """As far as all of them go; an epoch ends where the validation data are evaluated for the last time in it."""
-    figures = sys.modules["figures"]
+def run_with(*aucs):
+    """A run that is evaluated twice in each epoch of 40 steps."""
+    valid = [{"step": 20 * i, "epoch": (i + 1) // 2, "AUC": auc} for i, auc in enumerate(aucs, 1)]
+    return {"curves": {"train": [{"step": 10, "epoch": 1, "loss": 2.0}], "valid": valid}}
 
-    def run(*aucs):
-        valid = [{"step": 20 * i, "epoch": (i + 1) // 2, "AUC": auc} for i, auc in enumerate(aucs, 1)]
-        return {"curves": {"train": [{"step": 10, "epoch": 1, "loss": 2.0}], "valid": valid}}
 
-    runs = [run(0.6, 0.7, 0.8), run(0.7, 0.8)]
-    epochs, values = figures._mean_curve([figures._curve(each, "valid", "AUC") for each in runs])
-    np.testing.assert_allclose(epochs, [0.5, 1.0])
-    np.testing.assert_allclose(values, [0.65, 0.75])
-    np.testing.assert_allclose(figures._curve(runs[0], "train", "loss"), [[0.25, 2.0]])
+def test_a_curve_counts_epochs(study):
+    run = run_with(0.6, 0.7, 0.8)
+    curves = [sys.modules["figures"].curve_of(run, *of) for of in (("valid", "AUC"), ("train", "loss"))]
+    np.testing.assert_allclose(curves[0], [[0.5, 0.6], [1.0, 0.7], [1.5, 0.8]])
+    np.testing.assert_allclose(curves[1], [[0.25, 2.0]])
+
+
+def test_of_each_experiment_the_run_in_the_middle_is_drawn(study):
+    runs = [run_with(0.6, 0.9, 0.5), run_with(0.7, 0.7), run_with(0.8, 0.6)]
+    for order in itertools.permutations(runs):
+        assert sys.modules["figures"].median_run(list(order), "AUC") is runs[2]
+    assert sys.modules["figures"].median_run(runs[:2], "AUC") is runs[1]
+
+
+def test_the_curves_are_those_of_the_leaders(tables):
+    """Without DIN, whose models for a label each have no curve of the mean."""
+    for dataset_id, metric in {"kuairand_pure_window": "AUC", "kuairand_pure_window_tabs": "AUC@tab"}.items():
+        lines = [re.match(r"\| \[(\w+)]", line) for line in tables.table(f"studies {dataset_id}").splitlines()]
+        ranked = [line[1] for line in lines if line and line[1] != "DIN_kuairand_pure_window"]
+        runs, ranked_by = tables.leaders(dataset_id)
+        assert (list(runs), ranked_by) == (ranked[:5], metric)
+        assert all(run["expid"] == name for name, run in runs.items())
 
 
 def test_the_page_of_a_single_setting_claims_no_search(study):
-    read = {"seeds": [2025], "select": "AUC", "labels": []}
-    assert study._tuning(read, 1) == "No search on these data: [tuner_config.yaml](tuner_config.yaml) has one setting."
+    read = {"seeds": [2025], "select": "AUC", "labels": [], "tuned_on": "other"}
+    found = "No search on these data: the setting of [tuner_config.yaml](tuner_config.yaml) was found on `other`."
+    assert study._tuning(read, 1) == found
     assert study._tuning(read, 12).startswith("12 trials drawn at random")
 
 

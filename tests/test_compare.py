@@ -349,6 +349,14 @@ def test_runs_of_several_experiments_or_settings_are_refused(tmp_path):
     refused(tmp_path, message, a=[*write_runs(tmp_path, "A", 1), other])
 
 
+def test_how_a_run_was_launched_makes_no_other_settings(tmp_path):
+    """As one that is repeated without captured steps, which CUDA refused."""
+    config = {"seed": 9, "learning_rate": 0.1, "cuda_graphs": False, "data_on_device": True, "num_workers": 2}
+    runs = [*write_runs(tmp_path, "A", 1), write_run(tmp_path, "A", 9, config=config)]
+    other = write_runs(tmp_path, "B", 1, seeds=(1, 2, 3, 9))
+    assert compare.compare(runs, other).seeds == ((1, 2, 3, 9), (1, 2, 3, 9))
+
+
 def test_results_without_users_are_told_and_refused_if_seeds_cannot_tell_either(tmp_path):
     old = write_runs(tmp_path / "old", "B", 1, users=None)
     found = compare.compare(write_runs(tmp_path, "A", 1), old)

@@ -96,7 +96,7 @@ class INFNet(MultiTaskModel):
         head_input: What a head reads: its task ``token``, its task ``hub``, ``both``; or ``all``: its token and all
             field and sequence hubs.
         cross_rank: Rank of a DCNv2 cross of the field tokens and a summary of each behaviour, which the heads read too,
-            compressed to as many tokens as there are field hubs; none: no cross.
+            compressed to as many tokens as there are field hubs; None: no cross.
         task_blind: Ablation: no task tokens; all heads read the field and sequence hubs.
         attention_dropout: Dropout on attention weights.
         head_hidden_units: Hidden widths of each head.
@@ -240,13 +240,13 @@ class INFNet(MultiTaskModel):
         self.initial_hubs = nn.ModuleDict({group: build_hubs[group]() for group in initial_hubs})
         pooled_width = sum(num_hubs[group] for group in pooled_groups) * dim
         token_width = dim * (1 + (head_input == "both"))
-        cross_width = 0
+        head_width = pooled_width if task_blind else token_width + pooled_width * self.reads_hubs
         self.crosses = None
         if cross_rank is not None:
             self.crosses = CrossTokens(num_fields, len(self.tokens.behaviors), use.num_field_hubs, dim, cross_rank)
-            cross_width = use.num_field_hubs * dim
+            head_width += self.crosses.output_dim
         self.heads = TaskHeads(
-            (pooled_width if task_blind else token_width + pooled_width * self.reads_hubs) + cross_width,
+            head_width,
             labels,
             head_hidden_units,
             self.output_activation,
@@ -262,10 +262,14 @@ class INFNet(MultiTaskModel):
         """Predicts every label, ``{"<label>_pred": (B, 1)}`` (and ``"y_pred"`` when there is one label)."""
         tokens, masks, events = self.tokenize(self.get_inputs(inputs))  # T (B, K, D), C (B, M, D), S (B, L, D)
         hubs = {group: initial(tokens, events) for group, initial in self.initial_hubs.items()}
-        crossed = None if self.crosses is None else self.crosses(tokens["fields"], events)
+        fields = tokens["fields"]
         for block in self.blocks:
             tokens, hubs = block(tokens, hubs, masks)
-        return self.heads(self.with_crosses(self.head_inputs(tokens, hubs), crossed))
+        x = self.head_inputs(tokens, hubs)
+        if self.crosses is not None:
+            crossed = self.crosses(fields, events)  # of what the blocks start with
+            x = torch.cat([x, crossed.unsqueeze(1).expand(-1, x.shape[1], -1) if x.dim() == 3 else crossed], dim=-1)
+        return self.heads(x)
 
     def tokenize(self, inputs):
         """Builds the token groups.
@@ -298,14 +302,6 @@ class INFNet(MultiTaskModel):
         if self.head_input == "hub":
             del streams["token"]
         return torch.cat(list(streams.values()), dim=-1)
-
-    @staticmethod
-    def with_crosses(x, crossed):
-        """Appends the crossed tokens, ``(B, N, D)`` or None, to the input of every head."""
-        if crossed is None:
-            return x
-        crossed = crossed.flatten(1)
-        return torch.cat([x, crossed if x.dim() == 2 else crossed.unsqueeze(1).expand(-1, x.shape[1], -1)], dim=-1)
 
     @torch.no_grad()
     def attention_maps(self, inputs):

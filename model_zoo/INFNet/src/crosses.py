@@ -8,7 +8,14 @@ from torch import nn
 class CrossTokens(nn.Module):
     """``Gating(W (z + z * (U V z + b)))``: one cross layer of DCNv2 (Wang et al., 2021), compressed to a few tokens.
 
-    z are the field tokens, whose norms still tell rare ids from frequent ones, and the mean event of each behaviour.
+    z are the field tokens and the mean event of each behaviour.
+
+    Args:
+        num_fields: Field tokens M.
+        num_behaviors: Behaviours, a mean each.
+        num_outputs: Tokens N that are left.
+        dim: Token width D.
+        rank: Rank of the cross layer's weight U V.
     """
 
     def __init__(self, num_fields, num_behaviors, num_outputs, dim, rank):
@@ -17,11 +24,13 @@ class CrossTokens(nn.Module):
         self.cross = CrossInteraction(num_tokens, dim, rank)
         self.compress = nn.Linear(num_tokens * dim, num_outputs * dim)
         self.gate = Gating(dim)
-        self.output_dim = dim
+        self.token_dim = dim
+        self.output_dim = num_outputs * dim
 
     def forward(self, fields, events):
-        """Maps field tokens ``(B, M, D)`` and the events and mask of each behaviour to ``(B, num_outputs, D)``."""
+        """Maps field tokens ``(B, M, D)`` and the events and mask of each behaviour to ``(B, N * D)``."""
         means = [masked_mean(s, mask).unsqueeze(1) for s, mask in events.values()]  # (B, 1, D) each
-        z = torch.cat([fields, *means], dim=1)
+        z = torch.cat([fields, *means], dim=1)  # (B, M + behaviours, D)
         z = z + self.cross(z)
-        return self.gate(self.compress(z.flatten(1)).unflatten(-1, (-1, self.output_dim)))
+        tokens = self.compress(z.flatten(1)).unflatten(-1, (-1, self.token_dim))  # (B, N, D)
+        return self.gate(tokens).flatten(1)
