@@ -675,7 +675,7 @@ def test_baselines_are_complete():
         "amazon_sports_din_holdout": single,
         "amazon_sports_din tuned": tuned,
         "amazon_sports_din_holdout tuned": tuned,
-        "kuairand_pure_window": several | {"DIN", "TransAct", "DCNv2"},
+        "kuairand_pure_window": several | {"DIN"},
         "kuairand_pure_window_tabs": several,
         "kuairand_tiny": single | several,
     }
