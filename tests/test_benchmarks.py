@@ -315,7 +315,7 @@ def test_of_each_experiment_the_run_in_the_middle_is_drawn(study):
     assert sys.modules["figures"].median_run(runs[:2], "AUC") is runs[1]
 
 
-def test_the_curves_are_those_of_the_leaders(tables):
+def test_the_curves_are_those_of_the_leaders(tables, monkeypatch):
     """Without DIN, whose models for a label each have no curve of the mean."""
     for dataset_id, metric in {"kuairand_pure_window": "AUC", "kuairand_pure_window_tabs": "AUC@tab"}.items():
         lines = [re.match(r"\| \[(\w+)]", line) for line in tables.table(f"studies {dataset_id}").splitlines()]
@@ -323,6 +323,9 @@ def test_the_curves_are_those_of_the_leaders(tables):
         runs, ranked_by = tables.leaders(dataset_id)
         assert (list(runs), ranked_by) == (ranked[:5], metric)
         assert all(run["expid"] == name for name, run in runs.items())
+        with monkeypatch.context() as patch:
+            patch.setattr(tables, "COLORS", range(100))
+            assert list(tables.leaders(dataset_id)[0]) == ranked
 
 
 def test_the_page_of_a_single_setting_claims_no_search(study):
