@@ -232,7 +232,7 @@ def all_results(folder: Path) -> dict[str, list[tuple[Job, dict]]]:
 
 def read(folder: Path) -> dict:
     """Reads what a study is to run."""
-    defaults = {"labels": [], "ablations": [], "sweeps": {}, "defaults": {}}
+    defaults = {"labels": [], "ablations": [], "sweeps": {}, "defaults": {}, "tuned_on": None}
     return {**defaults, **yaml.safe_load((folder / "tuner_config.yaml").read_text())}
 
 
@@ -482,7 +482,7 @@ def _figures(study: dict, done: dict[str, list[tuple[Job, dict]]]) -> list[str]:
 
 def _tuning(study: dict, trials: int) -> str:
     """Says how the settings were found."""
-    if trials == 1:
+    if study["tuned_on"]:
         found = f"the setting of [tuner_config.yaml](tuner_config.yaml) was found on `{study['tuned_on']}`"
         return f"No search on these data: {found}."
     return (
