@@ -199,6 +199,7 @@ KEY_CHECKS: dict[str, Check] = {
     "fused_regularizer": _boolean,  # these are no regulariser, activation or embedding, as their names have it
     "activation_checkpointing": _boolean,
     "reset_embeddings": _boolean,
+    "ema_decay": _or_null(_require(lambda value: is_number(value) and 0 < value < 1, "a number between 0 and 1")),
     "learning_rate": _positive_number,
     "weight_decay": _non_negative_number,
     "search_weight_decay": _non_negative_number,

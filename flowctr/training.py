@@ -14,6 +14,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from flowctr.losses import Loss, UncertaintyLoss, WeightedLoss
 from flowctr.metrics import GroupAUCs
 from flowctr.resume import START_ANEW, ResumeFile, random_state, set_random_state
 from flowctr.tensorboard import CurveEvents, check_installed
+from flowctr.weights import AveragedWeights
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -97,6 +99,8 @@ class Engine:
             keeping them (see `acceleration.checkpoint_activations`); not with ``cuda_graphs``.
         reset_embeddings: Whether each epoch but the first starts with new embedding tables, so that several epochs
             teach the rest of the model while no table sees a row twice (see `weights.redraw_embeddings`).
+        ema_decay: Decay, per step, of an exponential moving average of the weights, which is evaluated, saved and left
+            in the model in their place (see `AveragedWeights`); None: the weights themselves.
         checkpoint_steps: Steps after which `fit` writes its resume file, besides the evaluations; None: only at those.
         loss_weight: How the losses of several labels add up: ``EQ`` sums them, a list has one weight for each label,
             ``UW`` learns the weights (see `UncertaintyLoss`).
@@ -135,6 +139,7 @@ class Engine:
         gradient_accumulation: int = 1,
         activation_checkpointing: bool = False,
         reset_embeddings: bool = False,
+        ema_decay: float | None = None,
         checkpoint_steps: int | None = None,
         loss_weight: str | Sequence[float] = "EQ",
         tensorboard: bool = False,
@@ -150,6 +155,7 @@ class Engine:
         self._precision = precision
         self._gradient_accumulation = gradient_accumulation
         self._reset_embeddings = reset_embeddings
+        self._ema_decay = ema_decay
         self._checkpoint_steps = checkpoint_steps
         self._fused_regularizer = fused_regularizer
         self._penalties: list | None = None  # known once the model is complete
@@ -379,6 +385,8 @@ class Engine:
         if self._events is not None:
             self._events.close()
         if self.valid_gen is None:
+            if self._average is not None:
+                self._average.swap()
             self.save_weights(self.checkpoint)
             return
         logging.info("Load the best weights, epoch %(epoch)d, step %(step)d", self.restored)
@@ -411,6 +419,7 @@ class Engine:
         self._total_steps = 0
         self._epoch_index = 0
         self._join_processes(data_generator)
+        self._average = None if self._ema_decay is None else AveragedWeights(self, self._ema_decay)
         if getattr(data_generator, "bucket_by_length", False):
             if self._gradient_accumulation > 1:
                 raise ValueError(
@@ -441,6 +450,8 @@ class Engine:
         self._epoch_rows = 0
         if self._reset_embeddings and self._epoch_index > 0:
             weights.redraw_embeddings(self, in_place=self._graphed_step is not None)
+            if self._average is not None:
+                self._average.forget(weights.embedding_tables(self))
         if hasattr(self, "start_epoch"):
             self.start_epoch(self._epoch_index, epochs)
 
@@ -453,6 +464,8 @@ class Engine:
             step = self.train_step if self._graphed_step is None else self._graphed_step
             self._count_step(distributed.world_size() * acceleration.row_count(batch))
             self._losses[len(self._step_rows) - 1] = step(batch).detach()
+            if self._average is not None:
+                self._average.update()
             if self._total_steps % self._record_every == 0:
                 self._record_loss()
             if self.valid_gen is not None and self._total_steps % self._evaluate_every == 0:
@@ -525,6 +538,11 @@ class Engine:
 
     def eval_step(self) -> None:
         """Evaluates on the validation data, saves the weights if they are the best, stops early if they stay worse."""
+        with nullcontext() if self._average is None else self._average.in_model():
+            self._evaluate_and_keep()
+        self.train()
+
+    def _evaluate_and_keep(self) -> None:
         logging.info("Evaluation @epoch %d - step %d:", self._epoch_index + 1, self._total_steps)
         logs, predictions = self._evaluate(self.valid_gen, self.validation_metrics)
         record = {"step": self._total_steps, "epoch": self._epoch_index + 1, **logs}
@@ -540,7 +558,6 @@ class Engine:
         self.checkpoint_and_earlystop(logs)
         if self._best_metric != best or not self._save_best_only:
             self.restored = record
-        self.train()
 
     def _check_monitored(self, logs: Mapping[str, float], predictions: Predictions) -> None:
         """Raises TrainingError unless all monitored metrics are numbers."""
@@ -684,6 +701,7 @@ class Engine:
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
             "random": random_states,
             "loader_epoch": data_generator.epoch - 1,
+            "average": None if self._average is None else self._average.state(),
             "losses": self._losses,
             "best_metric": float(self._best_metric),
             "rows": dict(self._rows),
@@ -702,6 +720,8 @@ class Engine:
             group["lr"] = rate
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         set_random_state(state["random"][distributed.rank()], self.device)
+        if self._average is not None:
+            self._average.restore(state["average"])
         for name in PROGRESS:
             setattr(self, name, state[name])
         self._losses.copy_(state["losses"])

@@ -1,8 +1,11 @@
-"""A model's weights: on disk, written whole or not at all, read only where they fit; and tables that start anew."""
+"""A model's weights: written whole or not at all, read only where they fit; their average; tables that start anew."""
 
 import os
 import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from flowctr import distributed
@@ -63,6 +66,69 @@ def load(model: BaseModel, path: str | Path) -> None:
             f"{len(differences)} weights differ: {'; '.join(differences[:5])}"
         )
     model.load_state_dict(weights)
+
+
+class AveragedWeights:
+    """The exponential moving average of a model's weights over its steps, to be evaluated and saved in their place.
+
+    After step t, from 1: ``average = d average + (1 - d) weights`` with ``d = min(decay, (1 + t) / (10 + t))``, which
+    soon forgets the untrained weights (Polyak and Juditsky, "Acceleration of stochastic approximation by averaging",
+    1992; the rising decay is TensorFlow's). The statistics that batch norms evaluate with are averaged like weights.
+
+    Args:
+        model: The model; its weights have to stay where they are in memory.
+        decay: The decay, between 0 and 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.steps = decay, 0
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+        statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+        self.weights = [*model.parameters(), *statistics]
+        self.average = [weight.detach().clone() for weight in self.weights]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes in the weights after a step, without waiting for the device."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.average, self.weights, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Puts the average into the model, and the model's weights in its place; called again, back."""
+        for weight, average in zip(self.weights, self.average):
+            trained = weight.clone()
+            weight.copy_(average)
+            average.copy_(trained)
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Lends the average to the model."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def forget(self, tables: list[nn.Parameter]) -> None:
+        """Starts the average of some weights anew, from what they are."""
+        anew = {id(table) for table in tables}
+        for weight, average in zip(self.weights, self.average):
+            if id(weight) in anew:
+                average.copy_(weight)
+
+    def state(self) -> dict[str, Any]:
+        """Gives what `restore` goes on from."""
+        return {"steps": self.steps, "average": self.average}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        self.steps = state["steps"]
+        for average, kept in zip(self.average, state["average"]):
+            average.copy_(kept)
 
 
 # Optimisers whose state is zero before the first step.

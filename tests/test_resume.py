@@ -99,7 +99,8 @@ def assert_equal(model, expected):
         (SingleTask, {"checkpoint_steps": 3}, {"epochs": 1, "batches": 25}),  # between two records of the loss
         (Scheduled, {"optimizer": "SGD"}, {"validated": False}),
         (TwoTasks, {"checkpoint_steps": 1, "eval_steps": 5, "loss_weight": "UW", "gradient_accumulation": 2}, {}),
-        (TwoTasks, {"checkpoint_steps": 3, "reset_embeddings": True}, {"epochs": 3}),
+        (TwoTasks, {"checkpoint_steps": 3, "reset_embeddings": True, "ema_decay": 0.8}, {"epochs": 3}),
+        (SingleTask, {"checkpoint_steps": 2, "ema_decay": 0.7}, {"validated": False}),
         (TwoTasks, {"checkpoint_steps": 5, "eval_steps": 100, "save_best_only": False}, {"validated": False}),
     ],
 )

@@ -651,6 +651,97 @@ class Tableless(BaseModel):
         self.compile("adam", "binary_crossentropy", 0.01)
 
 
+# Averaged weights
+
+AVERAGING = {"ema_decay": 0.5, "reduce_lr_on_plateau": False, "early_stop_patience": 100}
+
+
+class Stepwise(SingleTask):
+    """Remembers all weights and statistics after each step, and after each redraw of its tables."""
+
+    def __init__(self, feature_map, **kwargs):
+        super().__init__(feature_map, **kwargs)
+        self.seen = []
+
+    def remember(self):
+        self.seen.append({name: value.clone().double() for name, value in self.state_dict().items()})
+
+    def train_step(self, batch):
+        if not self.seen:
+            self.remember()
+        loss = super().train_step(batch)
+        self.remember()
+        return loss
+
+
+def averaged(seen, decay):
+    """The moving average after every step, by its definition."""
+    average, averages = seen[0], []
+    for t, state in enumerate(seen[1:], start=1):
+        d = min(decay, (1 + t) / (10 + t))
+        average = {name: d * value + (1 - d) * state[name] for name, value in average.items()}
+        averages.append(average)
+    return averages
+
+
+def assert_weights(model, expected):
+    for name, value in expected.items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(model.state_dict()[name].double(), value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_the_average_of_the_weights_is_evaluated_saved_and_kept(tmp_path, decay):
+    model = build(Stepwise, tmp_path, **{**AVERAGING, "ema_decay": decay, "save_best_only": False})
+    losses = train(model, epochs=4)
+    averages = averaged(model.seen, decay)
+    assert len(averages) == 28
+    assert_weights(model, averages[-1])
+    assert any((model.seen[-1][name] - value).abs().max() > 1e-3 for name, value in averages[-1].items())
+    other = build(SingleTask, tmp_path)
+    for record in model.history["valid"]:
+        other.load_state_dict({name: value.float() for name, value in averages[record["step"] - 1].items()})
+        scores = other.evaluate(model.valid_gen)
+        assert {name: record[name] for name in scores} == pytest.approx(scores, abs=1e-6)
+    plain = build(SingleTask, tmp_path, **{**AVERAGING, "ema_decay": None})
+    assert losses == train(plain, epochs=4)  # what is trained are the weights themselves
+
+
+def test_the_best_average_is_restored(tmp_path):
+    model = build(Stepwise, tmp_path, **AVERAGING)
+    train(model, epochs=8)
+    best = max(model.history["valid"], key=lambda record: record["AUC"])
+    assert model.restored == best and best["step"] < 56
+    assert_weights(model, averaged(model.seen, 0.5)[best["step"] - 1])
+
+
+def test_without_validation_data_the_last_average_is_kept(tmp_path):
+    model = build(Stepwise, tmp_path, **AVERAGING)
+    model.fit(batches_of(model.feature_map, 7), epochs=2)
+    last = averaged(model.seen, 0.5)[-1]
+    assert_weights(model, last)
+    other = build(SingleTask, tmp_path)
+    other.load_weights(model.checkpoint)
+    assert_weights(other, last)
+
+
+def test_new_tables_have_no_part_in_the_average_of_the_old(tmp_path):
+    model = build(Remembering, tmp_path, **AVERAGING, reset_embeddings=True)
+    averages, tables = [], {id(table) for table in weights.embedding_tables(model)}
+    start_epoch = model.start_epoch
+
+    def remember(epoch, epochs):
+        start_epoch(epoch, epochs)
+        pairs = zip(model._average.weights, model._average.average)
+        averages.append([(id(weight) in tables, torch.equal(weight, average)) for weight, average in pairs])
+
+    model.start_epoch = remember
+    train(model, epochs=3)
+    for kept in averages[1:]:
+        assert sum(is_table for is_table, _ in kept) == 3
+        assert all(is_new is is_table for is_table, is_new in kept)
+
+
 # Loss weights
 
 

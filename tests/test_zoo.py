@@ -663,7 +663,7 @@ def test_baselines_are_complete():
     suites = {}
     for expid, settings in content.items():
         model, dataset = settings["model"], settings["dataset_id"]
-        assert expid.replace("_tuned", "") == f"{model}_{dataset}"
+        assert re.sub("_tuned|_ema", "", expid) == f"{model}_{dataset}"
         assert re.fullmatch(rf"FuxiCTR/model_zoo/(multitask/)?{model}", settings["zoo"])
         assert dataset in known
         assert not set(config.REQUIRED_KEYS) - {**base, **settings}.keys()
