@@ -430,12 +430,12 @@ def test_heads_that_do_not_weigh_the_cross_predict_as_without_it(options):
 
 EXPERIMENTS = [expid for expid in yaml.safe_load((CONFIG / "model_config.yaml").read_text()) if expid != "Base"]
 ABLATED = {f"INFNet_{version}_kuairand_pure_window": version for version in ("v1", "v2")}
-EXTENDED = "INFNet_v1_kuairand_pure_window_extended"
+EXTENDED, AVERAGED = "INFNet_v1_kuairand_pure_window_extended", "INFNet_v1_kuairand_pure_window_ema"
 ABLATIONS = [
     (base, expid)
     for base in ABLATED
     for expid in EXPERIMENTS
-    if expid.startswith(f"{base}_") and not expid.startswith(EXTENDED)
+    if expid.startswith(f"{base}_") and not expid.startswith((EXTENDED, AVERAGED))
 ]
 
 

@@ -1,9 +1,11 @@
 """InterFormer against a loop over its equations, and what its options and studies must change."""
 
 import math
+import re
 
 import pytest
 import torch
+from flowctr import config
 from flowctr.models.InterFormer import InterFormer
 from torch import nn
 from toy import BEHAVIORS, MODEL_ARGUMENTS, WIDE_INITIALIZER, toy_batch, toy_feature_map
@@ -400,3 +402,20 @@ def test_forward_compiles_without_graph_breaks():
     model, batch = build(), toy_batch(toy_feature_map())
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(predict(compiled, batch), predict(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("expid", "option", "left_out"),
+    [
+        ("InterFormer_kuairand_pure_window_extended{_no_matches}", "target_matches", False),
+        ("InterFormer_kuairand_pure_window_extended{_no_attention}", "target_attention", None),
+        ("InterFormer_kuairand_pure_window_extended{_no_reset}", "reset_embeddings", False),
+        ("InterFormer_amazon_sports_din_ema{_no_attention}_holdout", "target_attention", None),
+        ("InterFormer_amazon_sports_din_ema{_no_ema}_holdout", "ema_decay", None),
+    ],
+)
+def test_what_goes_beyond_the_paper_can_be_left_out_one_by_one(expid, option, left_out):
+    folder = config.REPOSITORY / "model_zoo" / "InterFormer" / "config"
+    whole = config.load(folder, re.sub("{.*}", "", expid))
+    ablated = re.sub("[{}]", "", expid)
+    assert config.load(folder, ablated) == {**whole, option: left_out, "model_id": ablated} != whole
