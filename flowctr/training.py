@@ -112,16 +112,16 @@ class Engine:
 
     Attributes:
         history: Learning curves of the last `fit`. ``train`` has ``{step, epoch, loss}`` per logging interval, the mean
-            over its steps with regularisation; ``valid`` has ``{step, epoch, <metric>: value}`` per evaluation. Steps
-            and epochs count from 1.
+            over its steps with regularisation, of the weights themselves; ``valid`` has ``{step, epoch, <metric>:
+            value}`` per evaluation, of their average with ``ema_decay``. Steps and epochs count from 1.
         restored: The entry of ``history["valid"]`` that belongs to the weights `fit` left in the model; None without
             validation data.
         base_rates: Label -> mean in the training data, by which NE is normalised; None before `fit`.
         on_evaluation: Called with ``history["valid"]`` after each evaluation of `fit`, if it is set.
 
     Raises:
-        ValueError: If ``loss_weight`` does not fit the labels, ``scenario`` is no categorical column, or the model,
-            its optimiser or the device cannot do what is asked for.
+        ValueError: If ``loss_weight`` does not fit the labels, ``scenario`` is no categorical column, ``ema_decay`` is
+            not between 0 and 1, or the model, its optimiser or the device cannot do what is asked for.
     """
 
     on_evaluation: Callable[[list[dict[str, float]]], None] | None = None
@@ -185,6 +185,8 @@ class Engine:
             raise ValueError(
                 f"gradient_accumulation={parts}: {name} has a train_step of its own, which takes one batch"
             )
+        if self._ema_decay is not None and not 0 < self._ema_decay < 1:
+            raise ValueError(f"ema_decay={self._ema_decay}; it lies between 0 and 1")
         if distributed.world_size() > 1 and self.cuda_graphs:
             logging.warning("cuda_graphs cannot capture a step that several processes take together: it is off")
             self.cuda_graphs = False
@@ -385,12 +387,13 @@ class Engine:
         if self._events is not None:
             self._events.close()
         if self.valid_gen is None:
-            if self._average is not None:
-                self._average.swap()
+            if self._averaged_weights is not None:
+                self._averaged_weights.swap()
             self.save_weights(self.checkpoint)
-            return
-        logging.info("Load the best weights, epoch %(epoch)d, step %(step)d", self.restored)
-        self.load_weights(self.checkpoint)
+        else:
+            logging.info("Load the best weights, epoch %(epoch)d, step %(step)d", self.restored)
+            self.load_weights(self.checkpoint)
+        self._averaged_weights = None  # as much memory as the model
 
     def _begin_fit(self, data_generator: Batches, validation_data: Batches | None, steps_per_epoch: int) -> None:
         """Forgets an earlier `fit`, and raises ValueError for what data and model cannot do."""
@@ -419,7 +422,7 @@ class Engine:
         self._total_steps = 0
         self._epoch_index = 0
         self._join_processes(data_generator)
-        self._average = None if self._ema_decay is None else AveragedWeights(self, self._ema_decay)
+        self._averaged_weights = None if self._ema_decay is None else AveragedWeights(self, self._ema_decay)
         if getattr(data_generator, "bucket_by_length", False):
             if self._gradient_accumulation > 1:
                 raise ValueError(
@@ -450,8 +453,8 @@ class Engine:
         self._epoch_rows = 0
         if self._reset_embeddings and self._epoch_index > 0:
             weights.redraw_embeddings(self, in_place=self._graphed_step is not None)
-            if self._average is not None:
-                self._average.forget(weights.embedding_tables(self))
+            if self._averaged_weights is not None:
+                self._averaged_weights.forget(weights.embedding_tables(self))
         if hasattr(self, "start_epoch"):
             self.start_epoch(self._epoch_index, epochs)
 
@@ -464,8 +467,8 @@ class Engine:
             step = self.train_step if self._graphed_step is None else self._graphed_step
             self._count_step(distributed.world_size() * acceleration.row_count(batch))
             self._losses[len(self._step_rows) - 1] = step(batch).detach()
-            if self._average is not None:
-                self._average.update()
+            if self._averaged_weights is not None:
+                self._averaged_weights.update()
             if self._total_steps % self._record_every == 0:
                 self._record_loss()
             if self.valid_gen is not None and self._total_steps % self._evaluate_every == 0:
@@ -538,7 +541,7 @@ class Engine:
 
     def eval_step(self) -> None:
         """Evaluates on the validation data, saves the weights if they are the best, stops early if they stay worse."""
-        with nullcontext() if self._average is None else self._average.in_model():
+        with nullcontext() if self._averaged_weights is None else self._averaged_weights.in_model():
             self._evaluate_and_keep()
         self.train()
 
@@ -701,7 +704,7 @@ class Engine:
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
             "random": random_states,
             "loader_epoch": data_generator.epoch - 1,
-            "average": None if self._average is None else self._average.state(),
+            "average": None if self._averaged_weights is None else self._averaged_weights.state(),
             "losses": self._losses,
             "best_metric": float(self._best_metric),
             "rows": dict(self._rows),
@@ -720,8 +723,8 @@ class Engine:
             group["lr"] = rate
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         set_random_state(state["random"][distributed.rank()], self.device)
-        if self._average is not None:
-            self._average.restore(state["average"])
+        if self._averaged_weights is not None:
+            self._averaged_weights.restore(state["average"])
         for name in PROGRESS:
             setattr(self, name, state[name])
         self._losses.copy_(state["losses"])

@@ -69,11 +69,11 @@ def load(model: BaseModel, path: str | Path) -> None:
 
 
 class AveragedWeights:
-    """The exponential moving average of a model's weights over its steps, to be evaluated and saved in their place.
+    """The exponential moving average of what a model trains over its steps, to be evaluated and saved in its place.
 
     After step t, from 1: ``average = d average + (1 - d) weights`` with ``d = min(decay, (1 + t) / (10 + t))``, which
-    soon forgets the untrained weights (Polyak and Juditsky, "Acceleration of stochastic approximation by averaging",
-    1992; the rising decay is TensorFlow's). The statistics that batch norms evaluate with are averaged like weights.
+    soon forgets the untrained weights, as in https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage.
+    The statistics that batch norms evaluate with are averaged like weights; other buffers are not.
 
     Args:
         model: The model; its weights have to stay where they are in memory.
@@ -82,9 +82,10 @@ class AveragedWeights:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.steps = decay, 0
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
         statistics = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
-        self.weights = [*model.parameters(), *statistics]
+        self.weights = [*trained, *statistics]
         self.average = [weight.detach().clone() for weight in self.weights]
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def forget(self, tables: list[nn.Parameter]) -> None:
-        """Starts the average of some weights anew, from what they are."""
+        """Starts the average of some weights anew, from what they are; the decay does not rise again."""
         anew = {id(table) for table in tables}
         for weight, average in zip(self.weights, self.average):
             if id(weight) in anew:
@@ -127,7 +128,7 @@ class AveragedWeights:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from what `state` gave."""
         self.steps = state["steps"]
-        for average, kept in zip(self.average, state["average"]):
+        for average, kept in zip(self.average, state["average"], strict=True):
             average.copy_(kept)
 
 

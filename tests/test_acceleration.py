@@ -14,6 +14,7 @@ import pytest
 import torch
 from flowctr import acceleration, config
 from flowctr.training import Engine, accelerate
+from flowctr.weights import AveragedWeights
 from fuxictr.pytorch.layers import FeatureEmbedding
 from fuxictr.pytorch.models import BaseModel
 from test_training import (
@@ -247,10 +248,12 @@ def test_a_step_never_waits_for_the_device(tmp_path, loss_weight, precision, gra
     )
     data = partial_batches(model.feature_map, 4)
     model.fit(data)
+    average = AveragedWeights(model, 0.9)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.train()
     with NoReads():
         model.train_step(data[0])
+        average.update()
     assert not [name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])]
 
 

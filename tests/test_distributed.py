@@ -45,6 +45,7 @@ CASES = {  # rows of the training data, settings of the model, of fit and of the
     "fewer rows than processes": (3 * 32 + 1, {}, {}, {}),
     "clipped": (4 * 32 + 5, {}, {"max_gradient_norm": 0.05}, {}),
     "accumulated": (5 * 32 + 3, {"gradient_accumulation": 2}, {}, {}),
+    "averaged": (4 * 32 + 3, {"ema_decay": 0.8}, {}, {}),
     "learned weights": (4 * 32 + 3, {"loss_weight": "UW", "fused_regularizer": True}, {}, {}),
     "streamed": (4 * 32 + 3, {}, {}, {"streaming": True, "buffer_size": 64}),
     "on the device": (4 * 32 + 3, {}, {}, {"data_on_device": True}),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from flowctr import distributed, weights
+from flowctr import config, distributed, weights
 from flowctr.acceleration import CapturedStep, GraphedStep
 from flowctr.losses import KnownLoss
 from flowctr.metrics import evaluate_metrics
@@ -657,53 +657,61 @@ AVERAGING = {"ema_decay": 0.5, "reduce_lr_on_plateau": False, "early_stop_patien
 
 
 class Stepwise(SingleTask):
-    """Remembers all weights and statistics after each step, and after each redraw of its tables."""
+    """Remembers all it has after each step, and at the start of each epoch; has a schedule and a mask."""
 
     def __init__(self, feature_map, **kwargs):
         super().__init__(feature_map, **kwargs)
-        self.seen = []
+        self.mask = nn.Parameter(torch.tensor([True, False]), requires_grad=False)  # as some layers of FuxiCTR's have
+        self.register_buffer("temperature", torch.ones(()))
+        self.seen, self.begun = [], {}
 
     def remember(self):
-        self.seen.append({name: value.clone().double() for name, value in self.state_dict().items()})
+        return {name: value.clone().double() for name, value in self.state_dict().items()}
+
+    def start_epoch(self, epoch, epochs):
+        self.temperature.fill_(0.5**epoch)
+        self.begun[len(self.seen)] = self.remember()
 
     def train_step(self, batch):
-        if not self.seen:
-            self.remember()
         loss = super().train_step(batch)
-        self.remember()
+        self.seen.append(self.remember())
         return loss
 
 
-def averaged(seen, decay):
-    """The moving average after every step, by its definition."""
-    average, averages = seen[0], []
-    for t, state in enumerate(seen[1:], start=1):
+def averaged(model, decay, redrawn=()):
+    """The moving average after every step, by its definition; redrawn tables start anew at the start of an epoch."""
+    average, averages = model.begun[0], []
+    for t, state in enumerate(model.seen, start=1):
+        average = {**average, **{name: model.begun[t - 1][name] for name in redrawn if t - 1 in model.begun}}
         d = min(decay, (1 + t) / (10 + t))
         average = {name: d * value + (1 - d) * state[name] for name, value in average.items()}
-        averages.append(average)
+        kept = ("mask", "temperature", "num_batches_tracked")
+        averages.append({name: state[name] if name.endswith(kept) else value for name, value in average.items()})
     return averages
 
 
 def assert_weights(model, expected):
     for name, value in expected.items():
-        if "num_batches" not in name:
-            torch.testing.assert_close(model.state_dict()[name].double(), value, atol=1e-6, rtol=1e-5, msg=name)
+        torch.testing.assert_close(model.state_dict()[name].double(), value, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("decay", [0.5, 0.9])
-def test_the_average_of_the_weights_is_evaluated_saved_and_kept(tmp_path, decay):
-    model = build(Stepwise, tmp_path, **{**AVERAGING, "ema_decay": decay, "save_best_only": False})
+def test_the_average_of_the_weights_is_evaluated_saved_and_kept(tmp_path, decay, reset):
+    settings = {**AVERAGING, "ema_decay": decay, "reset_embeddings": reset, "save_best_only": False}
+    model = build(Stepwise, tmp_path, **settings)
     losses = train(model, epochs=4)
-    averages = averaged(model.seen, decay)
+    tables = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    averages = averaged(model, decay, tables if reset else ())
     assert len(averages) == 28
     assert_weights(model, averages[-1])
     assert any((model.seen[-1][name] - value).abs().max() > 1e-3 for name, value in averages[-1].items())
-    other = build(SingleTask, tmp_path)
+    other = build(Stepwise, tmp_path)
     for record in model.history["valid"]:
-        other.load_state_dict({name: value.float() for name, value in averages[record["step"] - 1].items()})
+        other.load_state_dict(averages[record["step"] - 1])
         scores = other.evaluate(model.valid_gen)
         assert {name: record[name] for name in scores} == pytest.approx(scores, abs=1e-6)
-    plain = build(SingleTask, tmp_path, **{**AVERAGING, "ema_decay": None})
+    plain = build(Stepwise, tmp_path, **{**settings, "ema_decay": None})
     assert losses == train(plain, epochs=4)  # what is trained are the weights themselves
 
 
@@ -712,34 +720,37 @@ def test_the_best_average_is_restored(tmp_path):
     train(model, epochs=8)
     best = max(model.history["valid"], key=lambda record: record["AUC"])
     assert model.restored == best and best["step"] < 56
-    assert_weights(model, averaged(model.seen, 0.5)[best["step"] - 1])
+    assert_weights(model, averaged(model, 0.5)[best["step"] - 1])
 
 
 def test_without_validation_data_the_last_average_is_kept(tmp_path):
     model = build(Stepwise, tmp_path, **AVERAGING)
     model.fit(batches_of(model.feature_map, 7), epochs=2)
-    last = averaged(model.seen, 0.5)[-1]
+    last = averaged(model, 0.5)[-1]
     assert_weights(model, last)
-    other = build(SingleTask, tmp_path)
+    other = build(Stepwise, tmp_path)
     other.load_weights(model.checkpoint)
     assert_weights(other, last)
 
 
-def test_new_tables_have_no_part_in_the_average_of_the_old(tmp_path):
-    model = build(Remembering, tmp_path, **AVERAGING, reset_embeddings=True)
-    averages, tables = [], {id(table) for table in weights.embedding_tables(model)}
-    start_epoch = model.start_epoch
+def test_an_evaluation_that_fails_leaves_the_trained_weights(tmp_path):
+    def fail(curve):
+        raise KeyboardInterrupt
 
-    def remember(epoch, epochs):
-        start_epoch(epoch, epochs)
-        pairs = zip(model._average.weights, model._average.average)
-        averages.append([(id(weight) in tables, torch.equal(weight, average)) for weight, average in pairs])
+    model = build(Stepwise, tmp_path, **AVERAGING)
+    model.on_evaluation = fail
+    with pytest.raises(KeyboardInterrupt):
+        train(model)
+    assert_weights(model, model.seen[-1])
 
-    model.start_epoch = remember
-    train(model, epochs=3)
-    for kept in averages[1:]:
-        assert sum(is_table for is_table, _ in kept) == 3
-        assert all(is_new is is_table for is_table, is_new in kept)
+
+@pytest.mark.parametrize("decay", [0, 1, 1.5])
+def test_a_decay_that_averages_nothing_is_refused(tmp_path, decay):
+    with pytest.raises(ValueError, match=f"ema_decay={decay}; it lies between 0 and 1"):
+        build(SingleTask, tmp_path, ema_decay=decay)
+    folder = config.REPOSITORY / "model_zoo" / "InterFormer" / "config"
+    with pytest.raises(config.ConfigError, match=f"'ema_decay' must be a number between 0 and 1; got {decay}"):
+        config.load(folder, "InterFormer_test", [f"ema_decay={decay}"])
 
 
 # Loss weights

@@ -663,18 +663,21 @@ def test_baselines_are_complete():
     suites = {}
     for expid, settings in content.items():
         model, dataset = settings["model"], settings["dataset_id"]
-        assert re.sub("_tuned|_ema", "", expid) == f"{model}_{dataset}"
+        name, kind, holdout = re.fullmatch(r"(\w+?)((?:_tuned)?(?:_ema)?)((?:_holdout)?)", expid).groups()
+        assert f"{name}{holdout}" == f"{model}_{dataset}"
         assert re.fullmatch(rf"FuxiCTR/model_zoo/(multitask/)?{model}", settings["zoo"])
         assert dataset in known
         assert not set(config.REQUIRED_KEYS) - {**base, **settings}.keys()
-        suites.setdefault(f"{dataset} tuned" if "_tuned" in expid else dataset, set()).add(model)
+        suites.setdefault(f"{dataset}{kind}", set()).add(model)
     single = set("FM FmFM xDeepFM AutoInt DCNv2 GDCN FinalMLP WuKong DIN DIEN BST DMIN DMR TransAct".split())
     several, tuned = {"ShareBottom", "MMoE", "PLE"}, single - {"FM", "FmFM", "DIEN", "BST", "DMIN", "DMR"}
     assert suites == {
         "amazon_sports_din": single,
         "amazon_sports_din_holdout": single,
-        "amazon_sports_din tuned": tuned,
-        "amazon_sports_din_holdout tuned": tuned,
+        "amazon_sports_din_tuned": tuned,
+        "amazon_sports_din_holdout_tuned": tuned,
+        "amazon_sports_din_tuned_ema": {"DIN"},
+        "amazon_sports_din_holdout_tuned_ema": {"DIN"},
         "kuairand_pure_window": several | {"DIN"},
         "kuairand_pure_window_tabs": several,
         "kuairand_tiny": single | several,

@@ -73,6 +73,7 @@ ACCELERATIONS = {
     "fused": FUSED,
     "data_on_device": {"data_on_device": True},
     "bucket_by_length": {"bucket_by_length": True},
+    "ema_decay": {"ema_decay": 0.998},
     "checkpointing": {"activation_checkpointing": True},
     "fp32 together": FP32,
     "bf16 together": {"precision": "bf16", "compile": True, **FP32},
