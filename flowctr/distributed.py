@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# For sums and gathers, to which all processes come from equal work: one that hangs ends the run within a minute.
+# For sums and gathers, to which all processes come from a step or a `barrier`: one that hangs ends the run within a
+# minute.
 COLLECTIVE_TIMEOUT = timedelta(seconds=45)
 # For what one process does alone while the others wait, such as building a data set: in effect none.
 MEETING_TIMEOUT = timedelta(days=365)

@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 from flowctr import config, distributed, stages, zoo
 from flowctr._fuxictr import fuxictr_origin
-from flowctr.data import H5DataLoader, build_h5, load_feature_map, scenario_names
+from flowctr.data import H5DataLoader, build_h5, data_digest, load_feature_map, scenario_names
 from flowctr.evaluation import MAX_LOGGED_SCENARIOS
 from flowctr.flops import flops_per_row
 from flowctr.metrics import GroupAUCs
@@ -152,7 +152,8 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     test_data = valid_data if files["test"] == files["valid"] else load("test", rank=rank)
     if distributed.world_size() > 1:
         _log_step_rows(params)
-    model, earlier_stages = _train(model_class, feature_map, params, train_data, valid_data, clock)
+    digest = data_digest(feature_map.data_dir, files) or _files_digest(train_data, valid_data)
+    model, earlier_stages = _train(model_class, feature_map, params, train_data, valid_data, digest, clock)
 
     metrics = {}
     if model.restored:  # what the best evaluation measured is not measured again
@@ -192,7 +193,7 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
         "speed": {f"{work}_rows_per_second": rate for work, rate in model.rows_per_second().items()},
         "wall_seconds": model.resume_file.wall_seconds,
         "peak_memory_bytes": _peak_memory(model.device),
-        "data": {"manifest": _manifest_digest(feature_map)},
+        "data": {"manifest": data_digest(feature_map.data_dir, files)},
         "zoo": _zoo_origin(params),
         "kept_flows": _kept_flows(model, shown),
         "flops_per_row": flops_per_row(model, shown),
@@ -218,15 +219,17 @@ def _train(
     params: dict[str, Any],
     train_data: H5DataLoader,
     valid_data: H5DataLoader | None,
+    data: str,
     started: float,
 ) -> tuple[BaseModel, dict[str, Any]]:
-    """Trains a model, stage by stage if it has stages (see `flowctr.stages`); ``started`` is that of `ResumeFile`.
+    """Trains a model, stage by stage if it has stages (see `flowctr.stages`).
+
+    ``data``, the digest of the data, and ``started`` are those of `ResumeFile`.
 
     Returns:
         The model of the last stage, and the records of the stages before it.
     """
     model_class, writes = accelerate(model_class), distributed.is_writer()
-    data = _data_digest(feature_map, train_data)
     all_stages = model_class.stages(params) if hasattr(model_class, "stages") else {}
     selected = {"train": params}
     if all_stages:  # the writer looks what is done, before it begins
@@ -385,16 +388,11 @@ def _commit(folder: Path) -> str | None:
         return None
 
 
-def _data_digest(feature_map: FeatureMap, train_data: H5DataLoader) -> str:
-    """Tells the training data from others: the manifest's digest, or sizes and times of files that come without one."""
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in train_data.files]
-    return _manifest_digest(feature_map) or hashlib.sha256(repr(files).encode()).hexdigest()
-
-
-def _manifest_digest(feature_map: FeatureMap) -> str | None:
-    """The digest of what the data set was built from; None for h5 files that flowctr did not build."""
-    path = Path(feature_map.data_dir) / "manifest.json"
-    return json.loads(path.read_text())["digest"] if path.exists() else None
+def _files_digest(train_data: H5DataLoader, valid_data: H5DataLoader | None) -> str:
+    """Tells h5 files that come without a manifest from others, by their sizes and times."""
+    paths = [*train_data.files, *(valid_data.files if valid_data else [])]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def _kept_flows(model: BaseModel, data: H5DataLoader) -> dict[str, Any] | None:

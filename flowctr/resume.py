@@ -7,22 +7,21 @@ The file is written while a run trains and removed when the run is done. What is
 import json
 import logging
 import os
-import pickle
 import random
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from flowctr import weights
 
-FORMAT = 2
-# What the training does not depend on, or depends on by its data's digest.
+FORMAT = 3
+# What the training does not depend on, or depends on by its data's digest or by what is in the state.
 NO_EFFECT = {
     *("gpu", "verbose", "model_root", "resume", "checkpoint_steps", "num_workers", "pin_memory", "data_on_device"),
-    *("tensorboard", "data_root", "train_data", "valid_data", "test_data", "searched"),
+    *("streaming", "tensorboard", "data_root", "train_data", "valid_data", "test_data", "searched"),
 }
 START_ANEW = "start anew, without --resume and resume: auto"
 
@@ -76,11 +75,8 @@ class ResumeFile:
 
     def _read(self) -> dict[str, Any]:
         try:
-            with zipfile.ZipFile(self.path) as archive:  # torch does not look at the checksums
-                if (damaged := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (zipfile.BadZipFile, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            content = weights.read(self.path)
+        except ValueError as error:
             raise ValueError(f"{self.path} is damaged ({error}); {START_ANEW}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{self.path} is no resume checkpoint of format {FORMAT}; {START_ANEW}")
@@ -102,7 +98,7 @@ class ResumeFile:
             with open(self._unfinished, "wb") as file:
                 torch.save(content, file)
             os.replace(self._unfinished, self.path)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch makes the latter of a write that fails midway
             self._unfinished.unlink(missing_ok=True)
             if not self._told_unwritable:
                 logging.warning("%s cannot be written: %s; --resume would go on from an older state", self.path, error)

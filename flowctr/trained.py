@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from flowctr import config, zoo
-from flowctr.data import H5DataLoader, build_h5, load_feature_map
+from flowctr.data import H5DataLoader, build_h5, data_digest, load_feature_map
 from flowctr.data.files import read_json
 from flowctr.experiment import load_params
+from flowctr.resume import is_interrupted
 from flowctr.training import accelerate
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
@@ -101,8 +102,8 @@ def load_trained(
 
     Raises:
         FileNotFoundError: If the experiment is not trained.
-        ValueError: If the configuration is wrong, there is no such GPU, or the weights belong to other settings or
-            another build of the data set.
+        ValueError: If the configuration is wrong, there is no such GPU, or the weights belong to an unfinished run,
+            other settings or another build of the data set.
     """
     overrides = list(overrides)
     config_dir = Path(config_dir).resolve()
@@ -118,12 +119,16 @@ def load_trained(
         command = ["flowctr", "run", *model, "--expid", expid, "--config", str(config_dir)]
         command += [word for override in overrides for word in ("--set", override)]
         raise FileNotFoundError(f"{expid} is not trained: there is no {weights}; train it with: {shlex.join(command)}")
+    if is_interrupted(params):
+        raise ValueError(
+            f"{weights} is of a run that goes on or was interrupted, so a better epoch may follow; finish it with "
+            f"--resume, or delete {weights.with_suffix('.resume')} to take the weights as they are"
+        )
 
     files = build_h5(params)
     feature_map = load_feature_map(params)
     params.setdefault("num_tasks", len(feature_map.labels))
-    manifest = Path(feature_map.data_dir) / "manifest.json"
-    digest = read_json(manifest, ["digest"], "build the data set again")["digest"] if manifest.is_file() else None
+    digest = data_digest(feature_map.data_dir, files)
     model_class = config.find_model(params, src)
     if params.get("zoo"):
         model_class = zoo.adapt(model_class, feature_map, params, files["train"])

@@ -1,11 +1,13 @@
 """The training engine: FuxiCTR's fit, evaluate and predict, without a device sync per step and with a memory.
 
 ``accelerate(Model)`` subclasses a FuxiCTR model, ours or FuxiCTR's alike. What it computes stays FuxiCTR's: with one
-seed and the same batches, losses and weights are bit-equal on the CPU. What it adds: the loss is read once per logging
-interval, predictions leave the device once per evaluation, `flowctr.metrics` scores them, learning curves are kept, a
-checkpoint is whole or absent, and a run that has gone wrong says so and stops. What makes it faster at the price of
-other last digits or of more memory is an option. What is not the training itself has modules of its own:
-`flowctr.acceleration`, `flowctr.losses`, `flowctr.evaluation`, `flowctr.weights` and `flowctr.resume`.
+seed and the same batches, losses and weights are bit-equal on the CPU. One thing differs, for models of several
+labels outside of FuxiCTR's own folders: regularisation reaches every parameter, as it does with one label. What it
+adds: the loss is read once per logging interval, predictions leave the device once per evaluation, `flowctr.metrics`
+scores them, learning curves are kept, a checkpoint is whole or absent, and a run that has gone wrong says so and
+stops. What makes it faster at the price of other last digits or of more memory is an option. What is not the training
+itself has modules of its own: `flowctr.acceleration`, `flowctr.losses`, `flowctr.evaluation`, `flowctr.weights` and
+`flowctr.resume`.
 """
 
 import functools
@@ -39,7 +41,7 @@ NAN_PREDICTION = ("all elements of input should be between 0 and 1", "device-sid
 # What a training goes on from besides weights, optimiser and random numbers: attributes with plain values.
 PROGRESS = (
     *("_total_steps", "_epoch_index", "_stopping_steps", "_stop_training"),
-    *("_epoch_rows", "_step_rows", "history", "restored"),
+    *("_epoch_rows", "_step_rows", "history", "restored", "_restored_weights"),
 )
 
 Batches = Iterable[Mapping[str, Tensor]]
@@ -344,8 +346,8 @@ class Engine:
             validation_data: Validation batches.
             max_gradient_norm: Gradients are clipped to this norm.
             resume_file: What to go on from, if it has a state, and where to keep it: at each evaluation, or where one
-                would be with validation data, and every ``checkpoint_steps`` steps. It needs the ``epoch`` and
-                ``start_batch`` of `H5DataLoader`.
+                would be with validation data, and every ``checkpoint_steps`` steps. It needs the ``epoch``,
+                ``start_batch`` and ``streaming`` of `H5DataLoader`.
             **kwargs: Other parameters of a configuration, which have no effect here.
 
         Raises:
@@ -363,6 +365,7 @@ class Engine:
         in_epoch = resume_file is not None and resume_file.state is not None
         if in_epoch:
             self._continue_from(resume_file.state, data_generator, steps_per_epoch)
+            resume_file.state = None  # as much memory as model and optimiser
         self._events = None
         if self._tensorboard and distributed.is_writer():
             self._events = CurveEvents(Path(self.checkpoint).with_suffix(".tensorboard"), self._total_steps)
@@ -393,6 +396,10 @@ class Engine:
         else:
             logging.info("Load the best weights, epoch %(epoch)d, step %(step)d", self.restored)
             self.load_weights(self.checkpoint)
+            if self._fingerprint() != self._restored_weights:
+                # A start of the run was killed between writing them and its resume file, and this one found no better.
+                logging.warning("%s is newer than what the run was resumed from: evaluated again", self.checkpoint)
+                self.restored = {**self.restored, **self.evaluate(validation_data)}
         self._averaged_weights = None  # as much memory as the model
 
     def _begin_fit(self, data_generator: Batches, validation_data: Batches | None, steps_per_epoch: int) -> None:
@@ -400,7 +407,7 @@ class Engine:
         if self.device.type == "cpu":
             acceleration.keep_freed_memory()
         self.history = {"train": [], "valid": []}
-        self.restored = None
+        self.restored = self._restored_weights = None
         self.base_rates = getattr(data_generator, "base_rates", None)
         self.valid_gen = validation_data
         rates = getattr(validation_data, "base_rates", {})
@@ -477,10 +484,9 @@ class Engine:
                 self.eval_step()
                 started += time.perf_counter() - paused
             if self._is_resume_point():
-                now = time.perf_counter()
-                self._seconds["train"] += now - started
-                started = now
+                self._seconds["train"] += time.perf_counter() - started
                 self._save_progress(data_generator)
+                started = time.perf_counter()
             if self._stop_training:
                 break
         self._record_loss()
@@ -560,7 +566,10 @@ class Engine:
         best = self._best_metric
         self.checkpoint_and_earlystop(logs)
         if self._best_metric != best or not self._save_best_only:
-            self.restored = record
+            self.restored, self._restored_weights = record, self._fingerprint()
+
+    def _fingerprint(self) -> int:
+        return distributed.from_writer(lambda: weights.fingerprint(self.checkpoint))
 
     def _check_monitored(self, logs: Mapping[str, float], predictions: Predictions) -> None:
         """Raises TrainingError unless all monitored metrics are numbers."""
@@ -651,6 +660,7 @@ class Engine:
                 groups.append(self.get_group_id(batch).flatten().clone())
             if self._scenario is not None:
                 scenarios.append(batch[self._scenario].flatten().clone())
+        distributed.barrier()  # shares of much data take some processes longer than others
         return Predictions(
             {label: _gathered(parts, torch.float64) for label, parts in y_true.items()},
             {label: _gathered(parts, torch.float64) for label, parts in y_pred.items()},
@@ -704,6 +714,7 @@ class Engine:
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
             "random": random_states,
             "loader_epoch": data_generator.epoch - 1,
+            "streaming": data_generator.streaming,
             "average": None if self._averaged_weights is None else self._averaged_weights.state(),
             "losses": self._losses,
             "best_metric": float(self._best_metric),
@@ -717,6 +728,12 @@ class Engine:
         """Puts back what `_save_progress` wrote."""
         if state["restored"] and not Path(self.checkpoint).exists():
             raise ValueError(f"{self.checkpoint}, the best weights of the run to resume, is gone; {START_ANEW}")
+        if state["streaming"] != data_generator.streaming:
+            raise ValueError(
+                f"the run to resume has streaming={state['streaming']}, here it is {data_generator.streaming}, which "
+                "gives the rows another order; where it is not set, the machine's memory decides: set "
+                f"streaming={str(state['streaming']).lower()}, or {START_ANEW}"
+            )
         self.load_state_dict(state["weights"])
         groups = self.optimizer.state_dict()["param_groups"]  # this run's: by which kernel to update may have changed
         for group, rate in zip(groups, state["learning_rates"]):

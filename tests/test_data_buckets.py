@@ -94,11 +94,17 @@ def test_each_row_comes_once_and_loses_nothing_but_padding(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_an_epoch_continues_where_it_was_left(tmp_path, options):
+def test_an_epoch_continues_where_it_was_left(tmp_path, options, monkeypatch):
     loader = make_loader(tmp_path, **options)
     whole = [batch["user"].tolist() for batch in loader]
-    loader.epoch, loader.start_batch = 0, 7
-    assert [batch["user"].tolist() for batch in loader] == whole[7:]
+    reads = []
+    read = loader._read
+    monkeypatch.setattr(loader, "_read", lambda *arguments: (reads.append(arguments), read(*arguments)))
+    for start in (7, len(loader)):
+        loader.epoch, loader.start_batch = 0, start
+        reads.clear()
+        assert [batch["user"].tolist() for batch in loader] == whole[start:]
+    assert not reads, "nothing is left of the epoch"
 
 
 def test_most_batches_are_short_and_come_in_no_order_of_length(tmp_path):

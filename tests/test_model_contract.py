@@ -75,7 +75,7 @@ def test_padding_does_not_matter(name):
 class Buckets(list):
     """Batches whose padding is cut off, as ``bucket_by_length`` gives them."""
 
-    epoch = start_batch = 0
+    epoch, start_batch, streaming = 0, 0, False
 
     def padded(self, batch):
         sequences = [column for columns in BEHAVIORS.values() for column in columns]

@@ -332,6 +332,17 @@ def test_wrong_ids(mixed, rows, ids, message, tmp_path):
         scores_of(mixed, frame, tmp_path, "parquet", ids)
 
 
+def test_weights_of_an_interrupted_run_are_no_trained_model(mixed, tmp_path):
+    folder = Path(mixed.params["model_root"]).parent
+    resume = next(folder.glob("checkpoints/*/DOT_mixed-*.model")).with_suffix(".resume")
+    resume.touch()
+    try:
+        with pytest.raises(ValueError, match=rf"finish it with --resume, or delete {resume} to take the weights"):
+            load_trained(folder / "config", "DOT_mixed")
+    finally:
+        resume.unlink()
+
+
 def test_raw_rows_need_a_data_set_that_flowctr_built(mixed, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(mixed.feature_map, "data_dir", str(tmp_path))
     with pytest.raises(ValueError, match="was not built by flowctr, so how to encode raw rows is not known"):

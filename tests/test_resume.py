@@ -5,14 +5,17 @@ import logging
 import math
 import multiprocessing
 import random
+import resource
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from flowctr import cli, config, experiment, resume
-from flowctr.data import H5DataLoader, build_h5, load_feature_map
+from flowctr.data import H5DataLoader, build_h5, data_digest, load_feature_map
 from flowctr.resume import ResumeFile
 from flowctr.training import Engine, TrainingError
 from test_training import SingleTask, TwoTasks, batches_of, build, feature_map_of
@@ -25,7 +28,7 @@ KILLS = 20
 class Shuffled(list):
     """Batches in an order of each epoch, from ``start_batch`` on, as H5DataLoader gives them."""
 
-    epoch = start_batch = 0
+    epoch, start_batch, streaming = 0, 0, False
 
     def __iter__(self):
         order = np.random.default_rng(self.epoch).permutation(len(self))[self.start_batch :]
@@ -56,13 +59,23 @@ def file_of(tmp_path, data="digest", **settings):
     return ResumeFile(params, data, time.perf_counter())
 
 
-def fit(tmp_path, model_class, settings, epochs=4, batches=7, stop_at=None, resumed=True, validated=True):
+def fit(
+    tmp_path,
+    model_class,
+    settings,
+    epochs=4,
+    batches=7,
+    stop_at=None,
+    resumed=True,
+    validated=True,
+    data_class=Shuffled,
+):
     """Fits as a run does, with or without an interruption; returns the model."""
-    (tmp_path / "toy").mkdir(exist_ok=True)
+    (tmp_path / "toy").mkdir(parents=True, exist_ok=True)
     model = build(model_class, tmp_path, **settings)
     feature_map = model.feature_map
     torch.manual_seed(3)
-    data, valid = Shuffled(batches_of(feature_map, batches)), batches_of(feature_map, 3, first_seed=100)
+    data, valid = data_class(batches_of(feature_map, batches)), batches_of(feature_map, 3, first_seed=100)
     file = file_of(tmp_path)
     if resumed:
         file.load()
@@ -349,6 +362,26 @@ def test_other_settings_and_other_data_are_refused(tmp_path):
         file_of(tmp_path, learning_rate=0.1, rank=2, epochs=3, data="another").load()
 
 
+def test_h5_files_that_replace_the_built_ones_are_other_data(built, tmp_path):
+    params = config.load(ZOO / "DHEN" / "config", "DHEN_test", [f"data_root={built}"])
+    files = build_h5(params)
+    data_dir = built / "kuairand_tiny"
+    digest = json.loads((data_dir / "manifest.json").read_text())["digest"]
+    assert data_digest(data_dir, files) == data_digest(data_dir, {**files, "test": None}) == digest
+    other = shutil.copy(files["train"], tmp_path / "train.h5")
+    assert data_digest(data_dir, {**files, "train": str(other)}) is None
+    assert data_digest(data_dir, {**files, "train": files["valid"]}) is None
+    assert data_digest(tmp_path, files) is None
+
+
+def test_rows_in_another_order_are_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, SingleTask, {}, stop_at=9)
+    expected = r"the run to resume has streaming=False, here it is True, .*: set streaming=false, or start anew"
+    with pytest.raises(ValueError, match=expected):
+        fit(tmp_path, SingleTask, {}, data_class=type("Streamed", (Shuffled,), {"streaming": True}))
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "toy").mkdir()
     file = file_of(tmp_path)
@@ -361,7 +394,7 @@ def test_a_damaged_file_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"runTrue.resume is damaged .*; start anew, without --resume"):
             file.load()
     torch.save({"weight": torch.zeros(3)}, file.path)
-    with pytest.raises(ValueError, match="is no resume checkpoint of format 2"):
+    with pytest.raises(ValueError, match="is no resume checkpoint of format 3"):
         file.load()
     file.path.write_bytes(whole)
     file.load()
@@ -445,6 +478,46 @@ def test_a_full_disk_keeps_the_old_file_and_the_run(tmp_path, monkeypatch, caplo
     assert file.state["_total_steps"] == 6
     assert {path.name for path in file.path.parent.iterdir()} == {"runTrue.model", "runTrue.resume"}
     assert_equal(fit(tmp_path, SingleTask, {"checkpoint_steps": 2}, epochs=2), expected)
+
+
+def test_a_file_that_outgrows_the_disk_is_not_written(tmp_path, caplog):
+    (tmp_path / "toy").mkdir()
+    file = file_of(tmp_path)
+    file.save({"weights": torch.zeros(3)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))  # fails midway, for which torch has another error
+    try:
+        file.save({"weights": torch.zeros(2**20), "more": torch.zeros(2**20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "runTrue.resume cannot be written" in caplog.text
+    file.load()
+    assert torch.equal(file.state["weights"], torch.zeros(3))
+    assert [path.name for path in file.path.parent.iterdir()] == ["runTrue.resume"]
+
+
+def test_metrics_belong_to_the_weights_that_a_killed_start_left(tmp_path, caplog):
+    """It had written better weights but not yet what to resume from, and the run finds no better ones."""
+    settings = {"checkpoint_steps": 2, "learning_rate": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, SingleTask, settings, stop_at=9)
+    checkpoint = tmp_path / "toy" / "runTrue.model"
+    trained = fit(tmp_path / "other", SingleTask, {"learning_rate": 0.1}, resumed=False)
+    checkpoint.write_bytes(Path(trained.checkpoint).read_bytes())
+    model = fit(tmp_path, SingleTask, settings)
+    assert "runTrue.model is newer than what the run was resumed from" in caplog.text
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    assert model.restored["AUC"] == trained.restored["AUC"] != model.history["valid"][-1]["AUC"]
+
+
+def test_writing_it_is_no_time_of_training(tmp_path, monkeypatch):
+    clock = iter(range(10**6))
+    seconds = [0.0]
+    monkeypatch.setattr("flowctr.training.time.perf_counter", lambda: seconds[0] + 1e-9 * next(clock))
+    monkeypatch.setattr(ResumeFile, "save", lambda self, state: seconds.__setitem__(0, seconds[0] + 100))
+    model = fit(tmp_path, SingleTask, {"checkpoint_steps": 2}, resumed=False)
+    assert seconds[0] > 0 and 0 < model._seconds["train"] < 1
 
 
 def test_random_numbers_go_on_where_they_were():

@@ -482,9 +482,15 @@ def test_a_checkpoint_of_another_feature_map_is_refused(tmp_path):
     broken.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="is not a file of model weights"):
         model.load_weights(broken)
-    broken.write_bytes((tmp_path / "toy" / "runTrue.model").read_bytes()[:500])
-    with pytest.raises(ValueError, match="is not a file of model weights"):
-        model.load_weights(broken)
+    whole = (tmp_path / "toy" / "runTrue.model").read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(next(model.parameters()).detach().numpy().tobytes()) + 1] ^= 1
+    for content in (*(whole[:stop] for stop in range(0, len(whole), 97)), bytes(flipped)):
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.model is not a file of model weights: "):
+            model.load_weights(broken)
+    with pytest.raises(FileNotFoundError):
+        model.load_weights(tmp_path / "absent.model")
 
 
 def test_a_file_of_something_else_is_no_checkpoint(tmp_path):

@@ -6,6 +6,7 @@ _HOMES = {
     "Encoder": "encode",
     "H5DataLoader": "h5",
     "build_h5": "build",
+    "data_digest": "build",
     "load_feature_map": "build",
     "scenario_names": "format",
 }

@@ -218,6 +218,29 @@ def _given_h5(params: dict, data_dir: Path) -> dict[str, str | None]:
     return paths
 
 
+def data_digest(data_dir: str | Path, files: dict[str, str | None]) -> str | None:
+    """Reads the digest of what a data set was built from.
+
+    Args:
+        data_dir: Its folder.
+        files: What `build_h5` returned.
+
+    Returns:
+        The digest; None for h5 files that flowctr did not build there.
+
+    Raises:
+        ValueError: If the manifest is damaged.
+    """
+    path = Path(data_dir) / "manifest.json"
+    if not path.is_file():
+        return None
+    manifest = read_json(path, ("digest", "splits"), "build the data set again")
+    built = _paths(manifest, Path(data_dir))
+    given = {split: file for split, file in files.items() if file}
+    ours = all(built[split] and os.path.abspath(file) == os.path.abspath(built[split]) for split, file in given.items())
+    return manifest["digest"] if ours else None
+
+
 def _sources(params: dict, settings: dict) -> dict[str, str]:
     """Maps each role (train, valid, test, pretrained_emb of a column) to the path given for it."""
     sources = {split: str(params[f"{split}_data"]) for split in SPLITS if params.get(f"{split}_data")}

@@ -105,7 +105,7 @@ class H5DataLoader:
         shuffle: Whether to shuffle the training split, anew in each epoch.
         seed: With ``epoch``, determines the order.
         streaming: Whether to read while iterating instead of loading all; None streams when the arrays would take
-            more than half of this machine's memory.
+            more than half of this machine's memory. It shuffles windows instead of the whole split: another order.
         buffer_size: Rows in a window of streaming; None for as many as fit into 256 MiB.
         pin_memory: Whether batches lie in pinned memory on their way; None for "if they go to a GPU".
         num_workers: Any value above 0 prepares batches ahead in one thread, as streaming and pinning always do.
@@ -181,13 +181,13 @@ class H5DataLoader:
                 "one, start fewer"
             )
         first, stop = 0, self.num_samples
-        self._share, self._shares = rank, world_size  # of each batch that is dealt
+        self._dealt_to, self._dealt_among = rank, world_size  # the rows of each batch
         if split != "train":
             first, stop = _share(0, self.num_samples, rank, world_size)
-            self._share, self._shares = 0, 1
+            self._dealt_to, self._dealt_among = 0, 1
         self._pieces = _pieces(file_rows, first, stop)
         self._rows = stop - first  # held, or streamed through
-        self._dealt_rows = self._shares * batch_size
+        self._dealt_rows = self._dealt_among * batch_size
         self.num_blocks = len(self.files)
         self.num_batches = -(-self._rows // self._dealt_rows)
         self.may_be_missing = [label for label in feature_map.labels if self._columns[label].may_be_missing]
@@ -206,6 +206,8 @@ class H5DataLoader:
             held_by_all = world_size * self._rows * row_bytes
             streaming = held_by_all > _total_memory() / 2
         self.streaming = streaming
+        if streaming:
+            logging.info("The %s split is read in windows while iterating; they decide the order of its rows", split)
         window_rows = min(buffer_size or WINDOW_BYTES // row_bytes, self._rows)
         # Whole batches, so that only the last one of an epoch is smaller.
         self._window_rows = max(1, -(-window_rows // self._dealt_rows)) * self._dealt_rows
@@ -235,11 +237,12 @@ class H5DataLoader:
         return map(self._unpack, _prefetch(packed) if self._ahead else packed)
 
     def _packed(self, rng: np.random.Generator, first_row: int) -> Iterator[_Packed]:
-        windows = self._windows(rng) if self.streaming else [(self._arrays, self._rows)]
+        windows = self._windows(rng, first_row) if self.streaming else [(self._arrays, self._rows)]
         for arrays, rows in windows:
             classes = self._classes
             if self.bucket_by_length and self.streaming:
-                classes = self._length_classes(arrays, rows)
+                skipped = arrays is None  # any classes do: how often the generator draws does not depend on them
+                classes = np.zeros(rows, dtype=np.uint8) if skipped else self._length_classes(arrays, rows)
             order = self._order(rng, rows, classes) if self.shuffle else None
             for batch in self._dealt(min(first_row, rows), rows):
                 chosen = batch if order is None else order[batch]
@@ -279,7 +282,7 @@ class H5DataLoader:
     def _dealt(self, first_row: int, rows: int) -> Iterator[slice]:
         """Yields the rows of each of this process's batches."""
         for start in range(first_row, rows, self._dealt_rows):
-            yield slice(*_share(start, min(rows, start + self._dealt_rows), self._share, self._shares))
+            yield slice(*_share(start, min(rows, start + self._dealt_rows), self._dealt_to, self._dealt_among))
 
     def _pack(self, arrays: dict[str, np.ndarray], rows: slice | np.ndarray, length: int | None) -> _Packed:
         """Gathers rows, each column into its part of a buffer."""
@@ -406,10 +409,19 @@ class H5DataLoader:
             stacks.append(_Stack(names, values, tensor_dtype, padding, 0xFFFF if unsigned else None))
         return stacks
 
-    def _windows(self, rng: np.random.Generator):
-        """Yields arrays and the number of rows in them; the next window fills the same arrays."""
+    def _windows(self, rng: np.random.Generator, first_row: int):
+        """Yields arrays and the number of rows in them; the next window fills the same arrays.
+
+        A window that lies before ``first_row`` is not read: None instead of its arrays.
+        """
         arrays = self._allocate(min(self._window_rows, self._rows))
+        stop = 0
         for blocks in _cut(self._blocks(rng), self._window_rows):
+            rows = sum(block_stop - start for _, start, block_stop in blocks)
+            stop += rows
+            if stop <= first_row:
+                yield None, rows
+                continue
             filled = 0
             for i, blocks_of_file in groupby(sorted(blocks), key=itemgetter(0)):
                 with _open(self.files[i]) as file:
