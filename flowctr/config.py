@@ -22,6 +22,7 @@ from flowctr.metrics import evaluate_metrics
 from flowctr.names import nearest
 from flowctr.training import Engine
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
+from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -441,6 +442,9 @@ def _check_dataset(params: Mapping[str, Any]) -> list[str]:
     ]
     earlier: set[str] = set()
     for name, feature in active.items():
+        layered = feature.get("type") in ("categorical", "sequence", "embedding")
+        if layered and ("." in name or hasattr(nn.ModuleDict(), name)):
+            mistakes.append(f"feature {name!r}: torch has no layer of that name; rename the column, such as {name}_id")
         share = feature.get("share_embedding")
         if share is not None and str(share) not in earlier:
             mistakes.append(f"feature {name!r}: share_embedding={share!r} must be an active feature listed before it")
@@ -455,6 +459,8 @@ def _check_dataset(params: Mapping[str, Any]) -> list[str]:
     for key, names in names_by_key.items():
         if _is_valid(params, key):
             mistakes += [f"{key!r}: {_unknown('feature', name, active)}" for name in names if name not in active]
+    if isinstance(group, str) and group in active and active[group].get("type") in ("sequence", "embedding"):
+        mistakes.append(f"'group_id': {group!r} is {active[group]['type']}; a group is one value: take a meta column")
     kind = active[scenario].get("type") if isinstance(scenario, str) and scenario in active else "categorical"
     if kind != "categorical":
         mistakes.append(f"'scenario': {scenario!r} is {kind}; a scenario is a categorical feature")

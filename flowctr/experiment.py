@@ -139,6 +139,7 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     files = distributed.from_writer(lambda: build_h5(params))
     feature_map = load_feature_map(params)
     params.setdefault("num_tasks", len(feature_map.labels))
+    _check_groups(feature_map)
     model_class = config.find_model(params, src)
     if params.get("zoo"):
         model_class = zoo.adapt(model_class, feature_map, params, files["train"])
@@ -301,6 +302,17 @@ def _check_gpu(gpu: int) -> None:
         )
     elif gpu >= torch.cuda.device_count() > 0:
         raise ValueError(f"--gpu {gpu} does not exist; this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+
+
+def _check_groups(feature_map: FeatureMap) -> None:
+    """Warns of a gAUC whose groups are not the groups of the data."""
+    group = feature_map.group_id
+    if group is not None and feature_map.features[group]["type"] == "categorical":
+        logging.warning(
+            "group_id: %s is categorical: all that training has not seen is one group of gAUC; for groups as they are, "
+            "name a meta column: {name: group_id, dtype: str, type: meta, preprocess: copy_from(%s)}",
+            *(group, group),
+        )
 
 
 def _command() -> str:

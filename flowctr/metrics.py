@@ -285,7 +285,7 @@ def _check(arrays: dict[str, np.ndarray], metrics: Sequence[str], base_rate: flo
     y_true, y_pred = arrays["y_true"], arrays["y_pred"]
     if not len(y_true):
         raise ValueError("y_true and y_pred are empty; metrics need at least one row")
-    if base_rate is not None and not 0 <= base_rate <= 1:
+    if "NE" in metrics and base_rate is not None and not 0 <= base_rate <= 1:
         raise ValueError(f"base_rate must be a share of positives in [0, 1]; got {base_rate}")
     _require("y_pred must not be NaN", ~np.isnan(y_pred), y_pred)
     for name in metrics:

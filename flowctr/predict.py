@@ -3,7 +3,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,8 @@ def _read_raw(trained: TrainedModel, path: Path, ids: list[str], scan: pl.LazyFr
     for name, col in columns.items():
         kind = keys.get(col["name"]) or encoder.processor.dtype_dict[col["name"]].__name__
         if path.suffix != ".csv":
-            _check_type(path, name, schema[name], col["type"], keys.get(col["name"]))
+            tokens = encoder.tokens(col["name"]) if keys.get(col["name"]) == "str" else ()
+            _check_type(path, name, schema[name], col["type"], keys.get(col["name"]), tokens)
         if schema[name] == pl.String and col["type"] in ("numeric", "categorical") and kind in NUMBERS:
             numbers[name] = NUMBERS[kind]
 
@@ -154,6 +155,12 @@ def _read_h5(trained: TrainedModel, path: Path, ids: list[str]) -> tuple[int, Ch
 READERS = {".csv": _read_csv, ".parquet": _read_parquet, ".h5": _read_h5}
 
 
+TEXTS = (pl.String, pl.Categorical, pl.Enum)
+# How polars writes numbers as text.
+INTEGER = r"-?\d+"
+FLOAT = r"-?\d+\.\d+(e[+-]?\d+)?|-?\d+e[+-]?\d+"
+
+
 def _manifest(trained: TrainedModel) -> dict[str, Any]:
     path = Path(trained.feature_map.data_dir) / "manifest.json"
     if not path.is_file():
@@ -180,8 +187,14 @@ def _check_ids(trained: TrainedModel, path: Path, ids: list[str], columns: dict[
             raise ValueError(f"--id: {name!r} is the name of a score; rename the column of {path}")
 
 
-def _check_type(path: Path, name: str, dtype: pl.DataType, feature: str, key: str | None) -> None:
+def _check_type(
+    path: Path, name: str, dtype: pl.DataType, feature: str, key: str | None, tokens: Iterable[str]
+) -> None:
     """Raises for a column whose values, being of another type than in training, would all count as unseen."""
+    if feature == "categorical" and key == "str" and not dtype.is_nested() and dtype not in TEXTS:
+        form = INTEGER if dtype.is_integer() else FLOAT if dtype.is_float() else ".*"  # of what it becomes as text
+        if any(re.fullmatch(form, token) for token in tokens):
+            return
     wanted = {
         "sequence": ("text", "lists"),
         "embedding": ("lists",),
@@ -190,7 +203,7 @@ def _check_type(path: Path, name: str, dtype: pl.DataType, feature: str, key: st
     }[feature]
     kinds = {
         "numbers": dtype.is_numeric() or dtype == pl.Boolean,
-        "text": dtype in (pl.String, pl.Categorical, pl.Enum),
+        "text": dtype in TEXTS,
         "lists": dtype in (pl.List, pl.Array),
     }
     if dtype != pl.Null and not any(kinds[kind] for kind in wanted):

@@ -630,7 +630,10 @@ class Engine:
         started = time.perf_counter()
         predictions = self._collect(data_generator)
         if labels := predictions.not_finite():
-            raise TrainingError(f"the model predicts nan or inf for {', '.join(labels)}; lower learning_rate")
+            raise TrainingError(
+                f"the model predicts nan or inf for {', '.join(labels)}; lower learning_rate, or look for nan and "
+                "extreme values in the features"
+            )
         logs = distributed.from_writer(
             lambda: self._scorer.score(predictions, data_generator, metrics, self.base_rates)
         )

@@ -129,8 +129,10 @@ def _settings(params: dict) -> dict:
         for key, columns in (("feature_cols", feature_cols), ("label_col", label_col)):
             if not columns:
                 problems.append(f"{key} has no active column")
-        for i, (name, col) in enumerate(feature_cols.items()):
-            problems += [f"feature_cols: {name!r}: {text}" for text in _column_problems(col, list(feature_cols)[:i])]
+        earlier: dict[str, dict] = {}
+        for name, col in feature_cols.items():
+            problems += [f"feature_cols: {name!r}: {text}" for text in _column_problems(col, earlier)]
+            earlier[name] = col
         for name, col in label_col.items():
             if _dtype_name(col.get("dtype")) not in ("int", "float"):
                 problems.append(f"label_col: {name!r}: dtype={col.get('dtype')!r}; a label is int or float")
@@ -156,8 +158,8 @@ def _names(col: dict) -> list:
     return col["name"] if isinstance(col.get("name"), list) else [col.get("name")]
 
 
-def _column_problems(col: dict, earlier: list[str]) -> list[str]:
-    """Lists what is wrong with one feature column; ``earlier`` are the active columns before it."""
+def _column_problems(col: dict, earlier: dict[str, dict]) -> list[str]:
+    """Lists what is wrong with one feature column; ``earlier`` are the active columns before it, by name."""
     kind, problems = col.get("type"), []
     if _dtype_name(col.get("dtype")) is None:  # FuxiCTR would evaluate the string as Python
         problems.append(f"dtype={col.get('dtype')!r} is not one of str, int, float")
@@ -177,8 +179,16 @@ def _column_problems(col: dict, earlier: list[str]) -> list[str]:
         problems.append(f"padding={col['padding']!r} is not pre or post")
     if col.get("normalizer", "MinMaxScaler") not in ("MinMaxScaler", "StandardScaler"):
         problems.append(f"normalizer={col['normalizer']!r} is not MinMaxScaler or StandardScaler")
-    if (base := col.get("share_embedding")) and base not in earlier:
-        problems.append(f"share_embedding={base!r} is no active column before it{did_you_mean(base, earlier)}")
+    if base := col.get("share_embedding"):
+        if base not in earlier:
+            problems.append(f"share_embedding={base!r} is no active column before it{did_you_mean(base, earlier)}")
+        elif earlier[base].get("type") not in ("categorical", "sequence"):
+            problems.append(f"share_embedding={base!r} is {earlier[base].get('type')}, which has no embedding to share")
+    if kind == "sequence" and _dtype_name(col.get("dtype")) in ("int", "float"):
+        problems.append(
+            f"dtype={col['dtype']!r} of a sequence; its tokens are text: set dtype: str, also of a column whose "
+            "embedding it shares"
+        )
     if (function := col.get("preprocess")) and function.split("(")[0] != "copy_from":
         problems.append(f"preprocess={function!r} is unknown to FuxiCTR, which has copy_from(column)")
     return problems

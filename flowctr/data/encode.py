@@ -63,24 +63,53 @@ class Processor(fuxictr_processing.FeatureProcessor):
 
     def read_data(self, data_path: str, data_format: str = "csv", sep: str = ",") -> pl.LazyFrame:
         """Scans a file or folder lazily, see ``adapt``."""
-        return self.adapt(super().read_data(data_path, data_format, sep))
+        return self.adapt(self.scan(data_path, data_format, sep))
+
+    def scan(self, data_path: str, data_format: str, sep: str) -> pl.LazyFrame:
+        """Scans a file or folder lazily, with the types that are there."""
+        return super().read_data(data_path, data_format, sep)
 
     def adapt(self, frame: pl.LazyFrame) -> pl.LazyFrame:
         """Brings column types of parquet files to those that a csv file would give.
 
-        Lists become strings joined by the column's splitter, categories become strings; labels and numeric features
-        become numbers.
+        Lists become strings joined by the column's splitter, a null in them an empty token; categories and bytes become
+        strings, decimals numbers; labels and numeric features become numbers.
         """
         schema = frame.collect_schema()
-        casts = [pl.col(name).cast(pl.String) for name, t in schema.items() if t in (pl.Categorical, pl.Enum)]
+        texts = pl.Categorical, pl.Enum, pl.Binary
+        casts = [pl.col(name).cast(pl.String) for name, t in schema.items() if t in texts]
+        for name, dtype in schema.items():
+            if isinstance(dtype, pl.Decimal):
+                casts.append(pl.col(name).cast(pl.Float64 if dtype.scale else pl.Int64))
         for col in self.feature_cols + self.label_cols:
             name, dtype = col["name"], schema.get(col["name"])
             if col.get("type") == "sequence" and isinstance(dtype, pl.List | pl.Array):
-                strings = pl.col(name).cast(pl.List(pl.String))
-                casts.append(strings.list.join(col.get("splitter", "^")))
+                casts.append(_joined(col))
             elif col.get("type", "label") in ("label", "numeric") and dtype in (pl.String, pl.Boolean):
                 casts.append(pl.col(name).cast(pl.Float64))
         return frame.with_columns(casts)
+
+    def preprocess(self, frame: pl.LazyFrame) -> pl.LazyFrame:
+        """Fills and copies columns as FuxiCTR does, in its order, and keeps the active ones.
+
+        Columns that are only filled share one step. FuxiCTR takes one for each, and the time and memory that polars
+        needs to plan them grow with the cube of their number.
+        """
+        names, fills = set(frame.collect_schema().names()), []
+        columns = [*self.label_cols, *reversed(self.feature_cols)]
+        for col in columns:
+            name, fill_na = col["name"], _fill_na(col)
+            if name in names and fill_na is not None:
+                fills.append(pl.col(name).fill_null(fill_na))
+            if function := col.get("preprocess"):
+                frame, fills = frame.with_columns(fills), []
+                _, _, argument = function.rstrip(")").partition("(")
+                frame = frame.with_columns(self.copy_from(argument or name).alias(name))
+                if col.get("type") == "sequence" and isinstance(frame.collect_schema()[name], pl.List | pl.Array):
+                    frame = frame.with_columns(_joined(col))
+                if name not in names and fill_na is not None:
+                    fills.append(pl.col(name).fill_null(fill_na))
+        return frame.with_columns(fills).select(col["name"] for col in columns if col.get("active") is not False)
 
     def _collect_statistics(self, train_ddf, meta_ddf=None):
         statistics = super()._collect_statistics(train_ddf, meta_ddf)
@@ -190,6 +219,10 @@ class Encoder:
                 state[name] = {"statistics": statistics}
         return state
 
+    def tokens(self, name: str) -> list[str]:
+        """Lists the tokens of a column's vocabulary that were in the data."""
+        return [token for token in self.processor.processor_dict[f"{name}::tokenizer"].vocab if token not in SPECIAL]
+
     def encode(self, frame: pl.DataFrame) -> dict[str, np.ndarray]:
         """Encodes raw rows.
 
@@ -219,6 +252,10 @@ class Encoder:
 
     def _encode_category(self, name: str, series: pl.Series) -> np.ndarray:
         if self.features[name]["type"] == "meta" and name + "::tokenizer" not in self.processor.processor_dict:
+            if series.dtype.is_float() and (wrong := series != series.floor()).any():
+                raise ColumnError(
+                    f"column {name!r} has {series[wrong.arg_max()]}; with `remap: False` it must hold whole numbers"
+                )
             return series.cast(pl.Int64).to_numpy()
         return self._lookup(name, series.to_arrow())
 
@@ -242,7 +279,14 @@ class Encoder:
         if wrong.any():
             raise NotANumberError(f"column {name!r} has a value that is not a finite number")
         normalizer = self.processor.processor_dict.get(name + "::normalizer")
-        return (values if normalizer is None else normalizer.transform(values)).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # checked
+            numbers = (values if normalizer is None else normalizer.transform(values)).astype(np.float32)
+        if (wrong := ~np.isfinite(numbers) & ~np.isnan(values)).any():
+            raise ColumnError(
+                f"column {name!r}: {values[wrong.argmax()]} is beyond what float32 holds"
+                f"{' after its normalizer' if normalizer else ''}; clip the column, or leave missing values empty"
+            )
+        return numbers
 
     def _encode_embedding(self, name: str, series: pl.Series) -> np.ndarray:
         dim = self.features[name]["pretrain_dim"]
@@ -252,7 +296,10 @@ class Encoder:
         lengths = lists.list.len().fill_null(0)
         if (wrong := lengths != dim).any():
             raise ColumnError(f"column {name!r}: a row has {lengths[wrong.arg_max()]} values, pretrain_dim is {dim}")
-        return lists.to_arrow().flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+        vectors = lists.to_arrow().flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
+        if not np.isfinite(vectors).all():
+            raise ColumnError(f"column {name!r}: a vector has a number that is missing or not finite; correct it")
+        return vectors
 
     def _lookup(self, name: str, tokens: pa.Array) -> np.ndarray:
         """Returns the id of each token; only distinct tokens pass through Python."""
@@ -318,13 +365,13 @@ def encode_splits(
 
 def _read(processor: Processor, sources: dict[str, tuple[str, list[str]]], settings: dict) -> dict[str, pl.LazyFrame]:
     """Scans and preprocesses each split after checking that it has rows and every column."""
-    frames, kinds = {}, {}
+    frames, kinds, tokens = {}, {}, {}
     for split, (path, files) in sources.items():
         for file in files if settings["data_format"] == "csv" else []:
             check_csv_end(file, settings["sep"])
         try:
-            frame = processor.read_data(path, settings["data_format"], settings["sep"])
-            columns = frame.collect_schema().names()
+            scan = processor.scan(path, settings["data_format"], settings["sep"])
+            columns = scan.collect_schema()
         except pl.exceptions.NoDataError as error:
             raise ValueError(f"{path}: the {split} split is an empty file") from error
         for col in processor.feature_cols + processor.label_cols:
@@ -333,7 +380,10 @@ def _read(processor: Processor, sources: dict[str, tuple[str, list[str]]], setti
                     f"{path}: column {col['name']!r} is missing{did_you_mean(col['name'], columns)}; "
                     f"the {split} split has {', '.join(columns)}"
                 )
-        frames[split] = processor.preprocess(frame)
+        for col in processor.feature_cols:
+            _check_token_type(col, columns, path, tokens)
+        _check_elements(processor, scan, columns, path)
+        frames[split] = processor.preprocess(processor.adapt(scan))
         if frames[split].head(1).collect().is_empty():
             raise ValueError(f"{path}: the {split} split has no rows")
         for name, dtype in frames[split].collect_schema().items():
@@ -342,6 +392,50 @@ def _read(processor: Processor, sources: dict[str, tuple[str, list[str]]], setti
             if kind[0] != dtype.is_numeric():
                 raise ValueError(f"column {name!r} is {kind[1]} in {kind[2]} but {dtype} in {path}; make them the same")
     return frames
+
+
+def _check_token_type(col: dict, columns: pl.Schema, path: str, seen: dict[str, tuple]) -> None:
+    """Raises if a token would be 1 in some of the columns and splits that share a vocabulary, and 1.0 in others.
+
+    Args:
+        col: A feature column.
+        columns: Types of a split's columns.
+        path: The split's path.
+        seen: By the column that owns a vocabulary, what its tokens are made of; added to.
+    """
+    dtype = columns.get(col["name"])
+    while isinstance(dtype, pl.List | pl.Array):
+        dtype = dtype.inner
+    if col["dtype"] != "str" or dtype is None or not dtype.is_numeric():
+        return
+    kind = "float" if dtype.is_float() else "integer"
+    first = seen.setdefault(col.get("share_embedding", col["name"]), (kind, dtype, col["name"], path))
+    if kind != first[0]:
+        raise ValueError(
+            f"column {col['name']!r} is {dtype} in {path} but {first[2]!r} is {first[1]} in {first[3]}, so that 1 and "
+            "1.0 would be two tokens; make both integers (pandas makes floats of them where one is empty: use Int64)"
+        )
+
+
+def _check_elements(processor: Processor, scan: pl.LazyFrame, columns: pl.Schema, path: str) -> None:
+    """Raises if a token of a list holds the splitter of its column, by which it would become two."""
+    contains = [
+        pl.col(col["name"])
+        .cast(pl.List(pl.String))
+        .list.eval(pl.element().str.contains(col.get("splitter", "^"), literal=True).any())
+        .list.first()
+        .any()
+        for col in processor.feature_cols
+        if col["type"] == "sequence"
+        and isinstance(columns.get(col["name"]), pl.List | pl.Array)
+        and not columns[col["name"]].inner.is_numeric()
+    ]
+    for name, found in scan.select(contains).collect().to_dict().items() if contains else ():
+        if found.any():
+            raise ValueError(
+                f"{path}: column {name!r} has lists with a token that holds the column's splitter and would become "
+                "two; give the column a splitter that occurs in none, such as splitter: '|'"
+            )
 
 
 def _write(processor: Processor, frames: dict[str, pl.LazyFrame], sources: dict, settings: dict) -> dict:
@@ -428,7 +522,9 @@ def _first_bad_number(
 ) -> tuple[int, str | None] | None:
     """Returns row (from 1) and value of the first one that is no finite number, unless it may be null or NaN."""
     value = pl.col(name).cast(pl.String)
-    number = value.cast(pl.Int64 if is_int else pl.Float64, strict=False).cast(pl.Float64)
+    dtype = scan.select(name).collect_schema()[name]
+    given = pl.col(name) if dtype.is_numeric() or dtype == pl.Boolean else value
+    number = given.cast(pl.Int64 if is_int else pl.Float64, strict=False).cast(pl.Float64)
     bad = number.is_finite().not_().fill_null(True)
     if may_be_null:
         bad &= value.is_not_null()
@@ -436,6 +532,18 @@ def _first_bad_number(
         bad &= number.is_nan().fill_null(False).not_()
     rows = scan.select(value.alias("value"), bad.alias("bad")).with_row_index("row", offset=1)
     return next(rows.filter("bad").select("row", "value").head(1).collect().iter_rows(), None)
+
+
+def _joined(col: dict) -> pl.Expr:
+    """Joins the lists of a sequence column by its splitter; a null in them is an empty token."""
+    strings = pl.col(col["name"]).cast(pl.List(pl.String)).list.eval(pl.element().fill_null(""))
+    return strings.list.join(col.get("splitter", "^"))
+
+
+def _fill_na(col: dict) -> str | float | None:
+    """What a column's nulls become, as in FuxiCTR; None: they stay."""
+    kind = col["dtype"] if isinstance(col["dtype"], str) else col["dtype"].__name__
+    return col.get("fill_na", {"str": "", "int": 0, "float": 0.0}[kind])
 
 
 def _as_index(name: str, value) -> int:
@@ -449,9 +557,18 @@ def _as_index(name: str, value) -> int:
 
 
 def _feature_columns(settings: dict) -> list[dict]:
-    """Copies the feature columns as FuxiCTR's processor takes them: vectors are never filled in."""
-    columns = settings["feature_cols"].values()
-    return [{**col, "fill_na": None} if col["type"] == "embedding" else dict(col) for col in columns]
+    """Copies the feature columns as FuxiCTR's processor takes them.
+
+    Vectors are never filled in. A column that shares the table of one that shares another's names the last one, the
+    only one whose vocabulary FuxiCTR would count all tokens in.
+    """
+    columns = {name: dict(col) for name, col in settings["feature_cols"].items()}
+    for col in columns.values():
+        while (base := col.get("share_embedding")) and (owner := columns[base].get("share_embedding")):
+            col["share_embedding"] = owner
+        if col["type"] == "embedding":
+            col["fill_na"] = None
+    return list(columns.values())
 
 
 def _tokenizer(col: dict, max_len: int) -> "fuxictr_processing.Tokenizer":
