@@ -330,6 +330,9 @@ def split_batch(batch: Batch, count: int) -> list[Batch]:
     return [dict(part) for part in zip(*columns)]
 
 
+BATCHES_COMPARED = 64  # to find one with short sequences
+
+
 @torch.no_grad()
 def check_padding_invariance(model: BaseModel, data: Any, tolerance: float = 1e-4) -> None:
     """Predicts a batch of ``bucket_by_length`` with and without its padding, trained or not.
@@ -345,11 +348,12 @@ def check_padding_invariance(model: BaseModel, data: Any, tolerance: float = 1e-
     model.eval()
     epoch, start_batch = data.epoch, data.start_batch
     pairs = ((cut, data.padded(cut)) for cut in data if row_count(cut))
-    pair = next((pair for pair in pairs if _shapes(pair[0]) != _shapes(pair[1])), None)
+    pairs = islice((pair for pair in pairs if _shapes(pair[0]) != _shapes(pair[1])), BATCHES_COMPARED)
+    shortest = min(pairs, key=lambda pair: sum(math.prod(shape[1:]) for shape in _shapes(pair[0])), default=None)
     data.epoch, data.start_batch = epoch, start_batch
-    if pair is None:  # no batch is ever cut
+    if shortest is None:  # no batch is ever cut
         return
-    cut, whole = pair
+    cut, whole = shortest
     with matmul_precision("fp32"), _telling_weights(model):
         expected = model.forward(whole)
         try:
@@ -416,4 +420,22 @@ def checkpoint_activations(model: nn.Module) -> None:
             f"activation_checkpointing: {type(model).__name__} has no ModuleList of blocks as an attribute; turn it off"
         )
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        contexts = partial(_forward_and_again, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _forward_and_again(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _statistics_kept(block)
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Lets batch norms leave their running statistics alone, which the first forward pass has updated already."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    kept = [(value, value.clone()) for norm in norms for value in norm.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, before in kept:
+                value.copy_(before)

@@ -401,8 +401,11 @@ def _place(model: str | None, zoo: Path | None, config: Path | None) -> tuple[Pa
     if not zoo.is_dir():
         raise FileNotFoundError(f"there is no zoo folder {zoo}; name FuxiCTR/model_zoo/<MODEL>")
     config_dir = _config_dir(config, zoo)
-    is_fuxictrs = config_dir.resolve().is_relative_to(zoo.resolve())  # nothing is written to its checkout
-    return config_dir, Path.cwd() if is_fuxictrs else None, [f"zoo={json.dumps(str(zoo))}"]
+    overrides = [f"zoo={json.dumps(str(zoo), ensure_ascii=False)}"]
+    if not config_dir.resolve().is_relative_to(zoo.resolve()):
+        return config_dir, None, overrides
+    data_root = json.dumps(str(Path.cwd() / "data" / "built"), ensure_ascii=False)
+    return config_dir, Path.cwd(), [*overrides, f"data_root={data_root}"]  # nothing is written to FuxiCTR's checkout
 
 
 def _model_folder(model: str) -> Path | None:

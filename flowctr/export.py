@@ -127,6 +127,7 @@ def _write_onnx(trained: TrainedModel, example: Columns, path: Path) -> None:
         # The name alone; the program has the shapes. Of inputs that share a dimension, torch wants it named once.
         dynamic_shapes={first: {0: "batch"}, **dict.fromkeys(others)},
         verbose=False,
+        optimize=False,  # it would drop the 1e-12 by which FuxiCTR keeps the mean of an empty history from 0 / 0
     )
     inputs = onnx.model.graph.inputs
     inputs[:] = [value for value in inputs if value.uses()]
@@ -190,12 +191,15 @@ def _metadata(trained: TrainedModel) -> dict[str, str]:
 
 
 def _batches(trained: TrainedModel) -> list[Columns]:
-    """Reads validation rows, or those of another split, as batches of different sizes."""
+    """Reads validation rows, or those of another split, as batches of different sizes; histories of one are empty."""
     path = next(trained.files[split] for split in ("valid", "test", "train") if trained.files[split])
     rows = next(iter(trained.loader(path, sum(CHECKED_ROWS))))
     ends = list(accumulate(CHECKED_ROWS))
     batches = [{name: values[start:end] for name, values in rows.items()} for start, end in zip([0, *ends], ends)]
-    return [batch for batch in batches if _rows(batch)]
+    specs = trained.feature_map.features
+    sequences = [name for name in rows if specs[name]["type"] == "sequence"]
+    empty = {name: torch.zeros_like(values) if name in sequences else values for name, values in batches[0].items()}
+    return [batch for batch in [*([empty] if sequences else []), *batches] if _rows(batch)]
 
 
 @torch.no_grad()

@@ -75,11 +75,12 @@ class TrainedModel:
         Returns:
             ``{"<label>_pred": (B, 1)}`` for each label, and ``"y_pred"`` if it is one.
         """
-        predictions = self.model(columns)
+        # In the order of training: FuxiCTR's models concatenate what a batch holds.
+        predictions = self.model({name: columns[name] for name in self.feature_map.features if name in columns})
         if not isinstance(self.model, MultiTaskModel):
             predictions = {f"{self.labels[0]}_pred": predictions["y_pred"]}
         scores = {f"{label}_pred": predictions[f"{label}_pred"] for label in self.labels}
-        return scores if len(scores) > 1 else {**scores, "y_pred": scores[f"{self.labels[0]}_pred"]}
+        return scores if len(scores) > 1 else {**scores, "y_pred": scores[f"{self.labels[0]}_pred"].clone()}
 
 
 def load_trained(
@@ -165,5 +166,7 @@ def _compare_with_run(
         for key in arguments
         if key not in NO_EFFECT and run["config"].get(key) != here.get(key)
     ]
+    if params.get("zoo") and run["zoo"]["sha256"] != zoo.origin(params["zoo"])["sha256"]:
+        differences.append(f"other code of {params['zoo']}")
     if differences:
         logging.warning("%s was trained with %s", expid, "; ".join(differences))

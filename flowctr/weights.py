@@ -201,9 +201,14 @@ def redraw_embeddings(model: BaseModel, in_place: bool) -> None:
         model: The model, with its optimiser.
         in_place: Whether to overwrite the optimiser's state, for a captured step, which goes on reading that memory.
     """
+    tables = embedding_tables(model)
+    versions = [table._version for table in tables]
     for owner in _table_owners(model):
         owner.init_weights()
-    tables = embedding_tables(model)
+    modules = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Embedding)}
+    for table, version in zip(tables, versions):
+        if table._version == version:  # FuxiCTR leaves `share_embedding` alone, even where nothing is shared
+            modules[id(table)].reset_parameters()
     distributed.broadcast(tables)
     for table in tables:
         if not in_place:

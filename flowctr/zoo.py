@@ -31,7 +31,7 @@ from torch import Tensor
 
 POOLING = "layers.MaskedAveragePooling()"  # BARS' choice
 # The last steps of a sequence are read as the most recent ones. What packs sequences is found by `_padding_side`.
-PADDING_SIDES = {"TransAct": "pre"}
+PADDING_SIDES = {"TransAct": "pre", "DMR": "pre"}
 
 
 def models(folder: str | Path) -> dict[str, type[BaseModel]]:
@@ -99,6 +99,8 @@ def adapt(
     params.setdefault("task", "binary_classification")  # FuxiCTR's default is a list for one label
     if "embedding_dim" in arguments:  # FuxiCTR's feature map knows no model's default
         feature_map.default_emb_dim = params.setdefault("embedding_dim", arguments["embedding_dim"])
+    for spec in feature_map.features.values():
+        spec.setdefault("source", "")  # which meta columns lack
     fields = _fields(model_class.__name__, arguments, feature_map, params)
     params.update(fields)
     read = [list(_names(entry)) for name, value in fields.items() if "seq" in name for entry in _entries(value)]
@@ -309,9 +311,15 @@ def _check_fields(model: str, fields: Mapping[str, Any], feature_map: FeatureMap
             f"{model} needs fields that data set {feature_map.dataset_id} lacks: {', '.join(missing)}; "
             "name the data set's in these keys, or give it behaviors whose columns share the embedding of a field"
         )
-    lengths = {name: len(_entries(value)) for name, value in fields.items() if "sequence" in name or "target" in name}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"{model} needs as many targets as sequences; got {lengths}")
+    pairs = {name: _entries(value) for name, value in fields.items() if "sequence" in name or "target" in name}
+    widths = {name: [len(list(_names(entry))) for entry in entries] for name, entries in pairs.items()}
+    if any(width != next(iter(widths.values())) for width in widths.values()):
+        listed = ", ".join(f"{name}={entries}" for name, entries in pairs.items())
+        raise ValueError(f"{model} needs a target for each sequence, of as many fields; got {listed}; name them all")
+    for name in (name for name in pairs if "sequence" in name):
+        for column in _names(pairs[name]):
+            if (kind := feature_map.features[column]["type"]) != "sequence":
+                raise ValueError(f"{model}: {name} names {column!r}, which is {kind}; name a sequence")
 
 
 def _check_negatives(model: str, fields: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:

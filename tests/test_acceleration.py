@@ -1,5 +1,6 @@
 """Every acceleration against the plain engine: the same numbers, exactly or within a tolerance that is stated."""
 
+import copy
 import functools
 import importlib
 import math
@@ -441,6 +442,19 @@ def test_checkpointed_activations_give_the_same_gradients(name):
     assert saved[1] < 0.6 * saved[0]
     for key, gradient in gradients[0].items():
         assert torch.equal(gradients[1][key], gradient), key
+
+
+def test_checkpointed_batch_norms_see_each_batch_once():
+    norms = nn.ModuleList([nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))])
+    model = nn.Module()
+    model.blocks = norms
+    plain = copy.deepcopy(norms)
+    acceleration.checkpoint_activations(model)
+    x = torch.randn(8, 3)
+    for blocks in (norms, plain):
+        blocks[0](x.clone().requires_grad_()).sum().backward()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(norms.state_dict()[name], value), name
 
 
 def test_checkpoints_need_blocks_and_no_captured_steps(tmp_path):

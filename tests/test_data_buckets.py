@@ -223,6 +223,16 @@ def test_the_check_finds_the_only_batch_that_is_cut(tmp_path):
         check_padding_invariance(build(loader, tmp_path, "mean"), data)
 
 
+def test_the_check_takes_short_sequences(tmp_path):
+    """A model may cope with all but the shortest ones."""
+    loader = make_loader(tmp_path)
+    model = build(loader, tmp_path, "masked")
+    lengths, forward = [], model.forward
+    model.forward = lambda inputs: (lengths.append(inputs["hist"].shape[1]), forward(inputs))[1]
+    check_padding_invariance(model, loader)
+    assert lengths == [17, min(batch["hist"].shape[1] for batch in make_loader(tmp_path))]
+
+
 def test_batches_of_different_lengths_are_not_joined(tmp_path):
     loader = make_loader(tmp_path)
     with pytest.raises(ValueError, match="gradient_accumulation=2 joins batches, which bucket_by_length"):

@@ -101,6 +101,22 @@ def params(tmp_path) -> dict:
     }
 
 
+def test_an_encoder_of_a_feature_map_is_not_executed(params, tmp_path):
+    build_h5(params)
+    path = tmp_path / "built" / "tiny" / "feature_map.json"
+    code = f"__import__('pathlib').Path({str(tmp_path / 'executed')!r}).touch() or layers.MaskedAveragePooling()"
+    text = path.read_text()
+    content = json.loads(text)
+    for feature in content["features"]:
+        for name, spec in feature.items():
+            if name == "items":
+                spec["feature_encoder"] = code
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"feature_map\.json: feature_encoder of 'items' must be layers\.<Name>"):
+        load_feature_map(params)
+    assert not (tmp_path / "executed").exists()
+
+
 def read_columns(path: str) -> dict[str, np.ndarray]:
     parts = [path] if path.endswith(".h5") else sorted(Path(path).glob("*.h5"))
     columns = {}

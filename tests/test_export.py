@@ -67,7 +67,7 @@ def test_a_file_alone_predicts_what_the_model_does(name, tmp_path, monkeypatch):
     monkeypatch.setattr(flowctr.export, "_trace", lambda *_: program)  # most of the time, and the same for both
     for format in ("torch_export", "onnx"):
         exported = export(trained, format, tmp_path / format / "model")
-        assert exported.rows == [1, 2, 37, 256]
+        assert exported.rows == [1, 1, 2, 37, 256]  # the first with empty histories
         assert exported.difference <= 1e-5
         for rows in (1, 5, 411):
             columns = columns_of(model.feature_map, rows, seed=rows)
@@ -123,6 +123,23 @@ def test_a_graph_takes_what_the_model_reads_and_torch_does_not_warn(tmp_path):
     torch.testing.assert_close(found, columns["age"].sigmoid().view(-1, 1))
 
 
+class MeanOfHistory(Odd):
+    """Averages a history as FuxiCTR's MaskedAveragePooling does."""
+
+    def forward(self, columns):
+        steps = columns["watch_item"]
+        mean = steps.sum(dim=1, keepdim=True) / ((steps > 0).sum(dim=1, keepdim=True) + 1e-12)
+        return {"y_pred": torch.sigmoid(mean / 30)}
+
+
+def test_an_empty_history_is_no_nan(tmp_path):
+    trained = as_trained(MeanOfHistory(None), tmp_path)
+    exported = export(trained, "onnx", tmp_path / "model.onnx")
+    assert exported.rows[0] == 1 and exported.difference <= 1e-5
+    empty = {"watch_item": torch.zeros(3, 8, dtype=torch.int32)}
+    torch.testing.assert_close(run_alone("onnx", exported.path, empty)["click_pred"], torch.full((3, 1), 0.5))
+
+
 def branches(x):
     return x if x.sum() > 3 else -x
 
@@ -152,9 +169,9 @@ def test_what_cannot_be_exported_is_one_error_and_no_file(compute, format, messa
 
 def test_few_validation_rows(tmp_path):
     trained = as_trained(Odd(torch.sigmoid), tmp_path, rows=1)
-    assert export(trained, "torch_export", tmp_path / "model.pt2").rows == [1]
+    assert export(trained, "torch_export", tmp_path / "model.pt2").rows == [1, 1]
     test_only = replace(trained, files={"valid": None, "test": trained.files["valid"]})
-    assert export(test_only, "torch_export", tmp_path / "model.pt2").rows == [1]
+    assert export(test_only, "torch_export", tmp_path / "model.pt2").rows == [1, 1]
 
 
 def test_onnx_that_is_not_installed(tmp_path, monkeypatch):
@@ -188,7 +205,7 @@ def test_the_command_exports_a_trained_experiment(folder, tmp_path, capsys):
     command = ["export", "DHEN", "--expid", EXPID, "--format", "torch_export", "--out", str(out)]
     cli.app([*command, *(word for text in settings for word in ("--set", text))], standalone_mode=False)
     checked, path = capsys.readouterr().out.splitlines()[-2:]
-    assert checked.startswith("checked on batches of 1, 2, 37, 256 rows: predictions differ by at most ")
+    assert checked.startswith("checked on batches of 1, 1, 2, 37, 256 rows: predictions differ by at most ")
     assert path == str(out)
 
     trained = load(folder)

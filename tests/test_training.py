@@ -601,6 +601,24 @@ def test_reset_embeddings_draws_the_tables_anew_for_each_later_epoch(tmp_path, r
                 assert 0.5e-4 < value[1:].std() < 2e-4 < before[name].std()
 
 
+def test_reset_embeddings_draws_tables_anew_that_could_be_shared_and_are_not(tmp_path):
+    """As FuxiCTR's linear parts have: their sequences get tables of their own, which it never initialises."""
+
+    class Wide(Remembering):
+        def __init__(self, feature_map, **kwargs):
+            super().__init__(feature_map, **kwargs)
+            self.wide = FeatureEmbedding(feature_map, 1, use_sharing=False)
+
+    feature_map = feature_map_of(SingleTask)
+    name = next(name for name, spec in feature_map.features.items() if spec["type"] == "categorical")
+    feature_map.features["again"] = {**feature_map.features[name], "share_embedding": name}
+    model = build(Wide, tmp_path, feature_map=feature_map, reset_embeddings=True)
+    table = model.wide.embedding_layer.embedding_layers["again"].weight
+    before = table.detach().clone()
+    weights.redraw_embeddings(model, in_place=False)
+    assert not torch.equal(table[1:], before[1:]) and 0.5 < table.std() < 2
+
+
 def test_reset_embeddings_needs_tables(tmp_path):
     with pytest.raises(ValueError, match="reset_embeddings: Tableless has no embedding tables; turn it off"):
         build(Tableless, tmp_path, feature_map=feature_map_of(SingleTask), reset_embeddings=True)

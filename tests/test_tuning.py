@@ -225,6 +225,15 @@ def test_a_folder_of_fuxictr_is_named_from_the_searchs_folder(folder):
     space = read_space(path)
     assert (space.folder / space.trial(1).model["zoo"]).resolve() == folder / "FuxiCTR" / "model_zoo" / "DOT"
     assert space.model_dir is None  # runs write beside the YAML, not to FuxiCTR's checkout
+    (folder / "config" / "model_config.yaml").write_text(EXPERIMENT)
+    (folder / "run_expid.py").touch()
+    path.write_text(
+        "base_config: ../config\nbase_expid: DOT_default\ndataset_id: tiny\n"
+        "tuner_space: {embedding_dim: [4, 8], zoo: ../FuxiCTR/model_zoo/DOT}\n"
+    )
+    space = read_space(path)
+    assert (space.folder / space.trial(1).model["zoo"]).resolve() == folder / "FuxiCTR" / "model_zoo" / "DOT"
+    assert space.model_dir is None
 
 
 def test_the_value_that_ranks_is_the_monitored_one(folder):

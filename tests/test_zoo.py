@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -461,7 +462,7 @@ def test_a_configuration_inside_the_zoo_folder_writes_here(place, tmp_path, monk
     arguments = ["run", "--zoo", str(folder), "--expid", "towers", "--set", "epochs=1"]
     outcome = CliRunner().invoke(cli.app, arguments)
     assert outcome.exit_code == 0, outcome.output
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {"checkpoints", "config.csv", "results"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"checkpoints", "config.csv", "data", "results"}
     assert {path.name for path in folder.iterdir()} == {"config", "fuxictr_version.py", "src"}
 
 
@@ -531,8 +532,13 @@ def test_a_field_that_the_data_lack_is_named(attends):
         adapted(attends, att_sequence_field=["watch_items"], att_target_field=["item"])
     with pytest.raises(ValueError, match=r"'user_group' \(att_target_field\)"):  # a meta column is no input
         adapted(attends, att_sequence_field=["watch_item"], att_target_field=["user_group"])
-    with pytest.raises(ValueError, match=r"as many targets .*; got \{'att_target_field': 2, 'att_sequence_field': 1\}"):
+    message = r"a target for each sequence, of as many fields; got att_target_field=\[.*\], att_sequence_field="
+    with pytest.raises(ValueError, match=rf"{message}\['watch_item'\]"):
         adapted(attends, att_sequence_field=["watch_item"])
+    with pytest.raises(ValueError, match=rf"{message}\[\('watch_item', 'watch_author'\)\]; name them all"):
+        adapted(attends, att_sequence_field=[("watch_item", "watch_author")], att_target_field=["item"])
+    with pytest.raises(ValueError, match="att_sequence_field names 'author', which is categorical; name a sequence"):
+        adapted(attends, att_sequence_field=["author"], att_target_field=["item"])
     with pytest.raises(
         ValueError, match=r"aux_loss_alpha=1 needs sequences of negative samples; name .*att_neg_seq_field"
     ):
@@ -601,11 +607,12 @@ def test_packing_is_found_in_another_file_of_the_folder(place, tmp_path):
 
 
 @pytest.mark.parametrize(("dataset_id", "moved"), [("rows", False), ("post", True)])
-def test_transact_reads_its_last_steps(place, attends, dataset_id, moved):
-    transact = type("TransAct", (attends,), {"__module__": attends.__module__})
+@pytest.mark.parametrize("name", ["TransAct", "DMR"])
+def test_some_models_read_the_last_steps(place, attends, name, dataset_id, moved):
+    model = type(name, (attends,), {"__module__": attends.__module__})
     params = config.load(place / "config", "attends", [f"dataset_id={dataset_id}"])
-    adapted_class = zoo.adapt(transact, load_feature_map(params), params, build_h5(params)["train"])
-    assert (adapted_class.forward is not transact.forward) == moved
+    adapted_class = zoo.adapt(model, load_feature_map(params), params, build_h5(params)["train"])
+    assert (adapted_class.forward is not model.forward) == moved
 
 
 def test_padding_of_the_experiment_comes_first(place, attends):
@@ -650,6 +657,32 @@ def test_predict_scores_raw_rows(place):
     loader = H5DataLoader(trained.feature_map, trained.files["test"], split="test", batch_size=32)
     scores = np.loadtxt(out, delimiter=",", skiprows=1)[:, 1]
     np.testing.assert_allclose(scores, trained.model.predict(loader), atol=1e-6)
+
+
+def test_columns_are_scored_in_the_order_of_training(place):
+    """FuxiCTR's models concatenate what a batch holds; raw rows come in another order than `use_features` may have."""
+    features = ["price", "cate_history", "cate", "item_history", "gap_history", "item"]
+    used = f"use_features=[{', '.join(features)}]"
+    run(place, "attends", "seed=8", used)
+    trained = load_trained(place / "config", "attends", overrides=["seed=8", used])
+    columns = next(iter(trained.loader(trained.files["test"], 32)))
+    seen = []
+    trained.model.register_forward_pre_hook(lambda model, inputs: seen.append(list(inputs[0])))
+    trained.score(dict(reversed(columns.items())))
+    assert seen == [features]
+
+
+def test_other_code_than_that_of_the_training_is_told(place, tmp_path, monkeypatch):
+    run(place, "remembers", "seed=9")
+    other = shutil.copytree(config.load(place / "config", "remembers")["zoo"], tmp_path / "model_zoo" / "Remembers")
+    with open(other / "src" / "__init__.py", "a") as file:
+        file.write("# changed\n")
+    told = []
+    monkeypatch.setattr("flowctr.trained.logging.warning", lambda text, *values: told.append(text % values))
+    load_trained(place / "config", "remembers", overrides=["seed=9"])
+    assert not told
+    load_trained(place / "config", "remembers", overrides=["seed=9", f"zoo={other}"])
+    assert told == [f"remembers was trained with other code of {other}"]
 
 
 # The configurations that come along

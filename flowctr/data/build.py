@@ -100,12 +100,24 @@ def load_feature_map(params: dict) -> FeatureMap:
                 why = "use_features leaves out" if name in features else f"{path} lacks{did_you_mean(name, known)}"
                 raise ValueError(f"{key} names {name!r}, which {why}")
     feature_map = FeatureMap(params["dataset_id"], str(data_dir))
+    _check_encoders(path, features)
     feature_map.load(str(path), params)
+    feature_map.num_fields = feature_map.get_num_fields()  # FuxiCTR counts before it leaves out what is not used
     if label := params.get("label"):
         if label not in feature_map.labels:
             raise ValueError(f"label names {label!r}, which {path} lacks; it has {', '.join(feature_map.labels)}")
         feature_map.labels = [label]
     return feature_map
+
+
+def _check_encoders(path: Path, features: dict[str, dict]) -> None:
+    """Raises for an encoder in a feature map that is more than a layer: FuxiCTR evaluates the text as Python."""
+    for name, spec in features.items():
+        if encoder := spec.get("feature_encoder"):
+            from flowctr.checks import COLUMN_CHECKS  # a build without encoders does without torch
+
+            if needed := COLUMN_CHECKS["feature_encoder"](encoder):
+                raise ValueError(f"{path}: feature_encoder of {name!r} must be {needed}; got {encoder!r}")
 
 
 def _settings(params: dict) -> dict:
@@ -277,6 +289,8 @@ def _reuse(params: dict, settings: dict, data_dir: Path) -> dict[str, str | None
     if not (data_dir / "feature_map.json").is_file():
         return None
     remedy = f"delete {data_dir}, choose another dataset_id, or build with rebuild=True (flowctr build --rebuild)"
+    if any(Path(path).resolve().is_relative_to(data_dir.resolve()) for path in _sources(params, settings).values()):
+        remedy = f"{data_dir} holds the raw files too: choose another data_root or dataset_id, or build with --rebuild"
     manifest_file = data_dir / "manifest.json"
     if not manifest_file.is_file():
         raise ValueError(

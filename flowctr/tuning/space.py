@@ -213,6 +213,8 @@ def read_space(path: str | Path, model_dir: str | Path | None = None) -> Space:
             model = _entry(content, "model_config", expid, lambda: config.read_experiment(base_dir, expid))
         if isinstance(model.get("zoo"), str):
             model["zoo"] = os.path.relpath(base_dir / model["zoo"], path.with_suffix(""))
+    if "zoo" in values:
+        values["zoo"] = [os.path.relpath(path.parent / str(folder), path.with_suffix("")) for folder in values["zoo"]]
     dataset_id = content.get("dataset_id", model.get("dataset_id"))
     with _collecting(mistakes):
         if dataset_id is not None:
@@ -228,7 +230,7 @@ def read_space(path: str | Path, model_dir: str | Path | None = None) -> Space:
         values=values,
         model={**model, "dataset_id": dataset_id},
         dataset=dataset,
-        model_dir=Path(model_dir) if model_dir else _model_dir(base_dir, model),
+        model_dir=Path(model_dir) if model_dir else None if "zoo" in values else _model_dir(base_dir, model),
     )
 
 
