@@ -37,6 +37,10 @@ def is_positive_integer(value: Any) -> bool:
     return is_integer(value) and value > 0
 
 
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1
+
+
 def is_subclass(value: Any, parent: type) -> bool:
     """Says whether a value is a class derived from ``parent``."""
     return inspect.isclass(value) and issubclass(value, parent)
@@ -231,6 +235,7 @@ NAME_PART_CHECKS: dict[str, Check] = {
     "regularizer": _require(_is_regularizer, "a number of at least 0, l1(x), l2(x) or l1_l2(x, y)"),
     "initializer": _require(_is_initializer, "nn.init.<name>_ or partial(nn.init.<name>_, key=value, ...)"),
     "activation": _each(_or_null(_named("an activation of torch.nn", _ACTIVATIONS))),
+    "dropout": _each(_or_null(_require(_is_share, "a number of at least 0, below 1"))),
 }
 """By a part of the key: models name their own."""
 

@@ -371,7 +371,7 @@ def test_every_setting_of_the_search_counts(runs, setting):
 
 def test_the_data_of_the_search_count(runs, monkeypatch):
     runs("stage=search", "seed=9")
-    monkeypatch.setattr(experiment, "_manifest_digest", lambda feature_map: "other data")
+    monkeypatch.setattr(experiment, "data_digest", lambda data_dir, files: "other data")
     with pytest.raises(ValueError, match="other settings: data was"):
         runs("stage=retrain", "seed=9")
 
@@ -422,6 +422,7 @@ def test_a_search_is_forgotten_before_it_is_made_again(runs, monkeypatch):
         ({"gate_learning_rate_factor": -1}, "gate_learning_rate_factor must be above 0; got -1"),
         ({"scenario_hidden_units": []}, "scenario_hidden_units must list at least one width; got"),
         ({"bottom_hidden_units": (8, 0)}, "bottom_hidden_units must be a whole number of at least 1; got 0"),
+        ({"task_hidden_units": (0,)}, "task_hidden_units must be a whole number of at least 1; got 0"),
         ({"rank": 0}, "rank must be a whole number of at least 1; got 0"),
         ({"gate_penalty": [1.0, 2.0]}, "gate_penalty has 2 values for 3 labels"),
     ],

@@ -227,6 +227,28 @@ def test_the_data_set_and_model_can_be_overridden(folder):
     assert load(folder, "Toy_test", ["dataset_id=tiny2", "model=Toy"], SRC)["model"] == "Toy"
 
 
+@pytest.mark.parametrize("name", ["type", "items", "user.id"])
+def test_names_that_torch_has_for_itself_are_refused(folder, name):
+    edit(folder / "dataset_config.yaml", ("{name: image, ", f"{{name: {name}, "))
+    assert f"feature {name!r}: torch has no layer of that name; rename the column, such as {name}_id" in mistakes(
+        folder
+    )
+
+
+def test_a_group_is_one_value(folder):
+    edit(folder / "dataset_config.yaml", ("group_id: user", "group_id: seq_item"))
+    assert "'group_id': 'seq_item' is sequence; a group is one value: take a meta column" in mistakes(folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_wrong"), [("1.5", True), ("-0.1", True), ("1", True), ("0", False), ("0.3", False)]
+)
+def test_dropout_is_a_share(folder, value, is_wrong):
+    edit(folder / "model_config.yaml", ("batch_size: 128", f"batch_size: many\n    net_dropout: {value}"))
+    found = mistakes(folder)
+    assert (f"'net_dropout' must be a number of at least 0, below 1; got {value}" in found) is is_wrong
+
+
 def test_all_mistakes_come_in_one_message_with_the_nearest_name(folder):
     edit(
         folder / "model_config.yaml",
@@ -324,7 +346,7 @@ def test_keys_are_those_of_constructors_that_can_be_reached(folder):
         ("monitor_mode=maximum", "one of max, min"),
         ("data_format=npz", "one of csv, parquet, h5"),
         ("h5_compression=zip", "one of null, gzip, lzf"),
-        ("dropout=high", "a number, like its default 0"),
+        ("dropout=high", "a number of at least 0, below 1"),
         ("widths=64", "a list of integers above 0, like its default [16, 8]"),
         ("widths=[a]", "a list of integers above 0, like its default [16, 8]; got ['a']"),
         ("widths=[16, 0]", "a list of integers above 0"),

@@ -641,6 +641,11 @@ def test_attention_of_tasks_over_inputs_can_be_read_out(variant):
         assert (weights.sum(axis=1) < 1).all()  # the rest of this softmax lies on the tasks themselves
 
 
+def test_blocks_in_which_no_task_reads_have_no_map():
+    model = build(version="v2", broadcast="none", head_input="all")
+    assert model.attention_maps(toy_batch(toy_feature_map(LABELS))) == {}
+
+
 def test_attention_readout_follows_the_attention():
     """Events of one behaviour that the tasks cannot tell from padding get no weight; all of it goes to the other."""
     model, batch = build(version="v1"), toy_batch(toy_feature_map(LABELS))

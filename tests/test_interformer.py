@@ -344,6 +344,8 @@ def test_no_argument_is_left_untested():
         ({"aggregation": "avg", "use_mha": False}, "switches of aggregation='selective'; got aggregation='avg'"),
         ({"num_cls": 0}, "num_cls must be a whole number of at least 1; got 0"),
         ({"aggregation": "sum"}, "aggregation must be one of"),
+        ({"gating": "none", "use_gating": False}, "gating must be one of"),
+        ({"pffn": "plain", "use_pffn": False}, "pffn must be one of"),
         ({"behaviors": {}}, "needs a sequence feature"),
     ],
 )

@@ -117,6 +117,8 @@ class AutoIFS(MultiTaskModel):
         super().__init__(feature_map, model_id=model_id, gpu=gpu, task=task, **kwargs)
         check_options(stage=(stage, STAGES))
         check_positive(rank=rank)
+        for width in task_hidden_units:
+            check_positive(task_hidden_units=width)
         _check_widths(bottom_hidden_units=bottom_hidden_units, scenario_hidden_units=scenario_hidden_units)
         self.rewind_epoch = search_epochs - 1 if rewind_epoch is None else rewind_epoch
         if gates:

@@ -319,7 +319,9 @@ class INFNet(MultiTaskModel):
         num_fields = self.tokens.num_fields
         names = self.tokens.field_names + list(self.tokens.behaviors)
         maps = {}
-        for number in range(0 if self.task_blind else len(self.blocks)):
+        for number, block in enumerate(self.blocks):
+            if self.task_blind or "tasks" not in getattr(block.aggregation, "queries", ["tasks"]):
+                continue  # no task reads in this block: broadcast 'none' refines the hubs that the heads read
             weights = _task_weights(recorded, f"blocks.{number}.aggregation", self.num_tasks, num_fields, sum(steps))
             parts = weights.split([1] * num_fields + steps, dim=-1)
             summed = torch.stack([part.sum(dim=-1) for part in parts], dim=-1)

@@ -35,6 +35,8 @@ from flowctr.layers import (
     masked_mean,
     record_attention,
 )
+from flowctr.layers.gating import GATING_KINDS
+from flowctr.layers.pffn import PFFN_KINDS
 from fuxictr.pytorch.models import MultiTaskModel
 from torch import nn
 
@@ -139,6 +141,8 @@ class InterFormer(MultiTaskModel):
             interaction=(interaction, INTERACTIONS),
             aggregation=(aggregation, AGGREGATIONS),
             field_map=(field_map, FIELD_MAPS),
+            gating=(gating, GATING_KINDS),
+            pffn=(pffn, PFFN_KINDS),
         )
         check_positive(
             num_layers=num_layers, num_cls=num_cls, num_pma=num_pma, num_recent=num_recent, cross_rank=cross_rank
