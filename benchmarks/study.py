@@ -35,15 +35,19 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
-import yaml
 from figures import TUNED, AUCs, compared, draw_ablations, draw_sweeps, read_claims
 from flowctr import config, experiment
+from flowctr.metrics import LOG_METRICS
+from flowctr.tuning.space import write_whole
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLAIMS = Path(__file__).with_name("paper_claims.csv")
 PHASES = ("tune", "final", "variants")
 METRICS = ("AUC", "gAUC", "logloss", "NE")
+# Keys of a tuner_config.yaml.
+NEEDED = ("base_config", "base_expid", "dataset_id", "tuner_space", "trials", "select", "seeds")
+DEFAULTS = {"labels": [], "ablations": [], "sweeps": {}, "defaults": {}, "tuned_on": None}
 # What runs.jsonl keeps of a result: enough to write everything again.
 KEPT = (
     *("expid", "model", "dataset_id", "seed", "started", "command", "config"),
@@ -167,7 +171,11 @@ def _unless_ablated(best: dict, study: dict, expid: str) -> dict:
 def ranked(folder: Path) -> list[tuple[Job, dict]]:
     """Gives the trials with their results, the best on the validation data first."""
     select = read(folder)["select"]
-    return sorted(results(folder, "tune"), key=lambda trial: -trial[1]["metrics"]["valid"][select])
+    metric = select.partition("@")[0].rpartition("_")[2]  # of a label, or within scenarios
+    return sorted(
+        results(folder, "tune"),
+        key=lambda trial: trial[1]["metrics"]["valid"][select] * (1 if metric in LOG_METRICS else -1),
+    )
 
 
 def results(folder: Path, phase: str) -> list[tuple[Job, dict]]:
@@ -232,8 +240,18 @@ def all_results(folder: Path) -> dict[str, list[tuple[Job, dict]]]:
 
 def read(folder: Path) -> dict:
     """Reads what a study is to run."""
-    defaults = {"labels": [], "ablations": [], "sweeps": {}, "defaults": {}, "tuned_on": None}
-    return {**defaults, **yaml.safe_load((folder / "tuner_config.yaml").read_text())}
+    path = folder / "tuner_config.yaml"
+    try:
+        content = config.read_yaml(path)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    missing, unknown = [*(set(NEEDED) - {*content})], [*({*content} - {*NEEDED, *DEFAULTS})]
+    if missing or unknown:
+        sys.exit(f"{path}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+    for key, values in {"seeds": content["seeds"], **content["tuner_space"]}.items():
+        if not isinstance(values, list) or not values or len({repr(value) for value in values}) < len(values):
+            sys.exit(f"{path}: {key} must be a list of different values; got {values}")
+    return {**DEFAULTS, **content}
 
 
 def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -> None:
@@ -249,14 +267,13 @@ def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -
         finally:
             free.put(gpu)
 
-    failures = []
     with ThreadPoolExecutor(len(gpus) * workers) as pool:
         for phase in phases:
             wanted = dict.fromkeys(job for folder in folders for job in jobs(folder, phase))
             todo = [job for job in wanted if job.result() is None]
-            failures += filter(None, tqdm(pool.map(work, todo), phase, total=len(todo), unit="run"))
-    if failures:
-        sys.exit("\n".join([*failures, f"{len(failures)} runs failed"]))
+            failures = [*filter(None, tqdm(pool.map(work, todo), phase, total=len(todo), unit="run"))]
+            if failures:  # the next phase needs all of this one
+                sys.exit("\n".join([*failures, f"{len(failures)} runs failed"]))
 
 
 def write(folder: Path) -> None:
@@ -264,11 +281,11 @@ def write(folder: Path) -> None:
     done = all_results(folder)
     for phase, name in (("tune", "tuner_config.csv"), ("final", "results.csv"), ("variants", "variants.csv")):
         if done[phase]:
-            (folder / name).write_text("".join(f"{experiment.result_line(run)}\n" for run in runs_of(done[phase])))
+            write_text(folder / name, "".join(f"{experiment.result_line(run)}\n" for run in runs_of(done[phase])))
     kept = [{key: run[key] for key in KEPT if key in run} for phase in done.values() for run in runs_of(phase)]
     for run in kept:
         run["config"] = {key: value for key, value in run["config"].items() if key not in NOT_KEPT}
-    (folder / "runs.jsonl").write_text("".join(dict.fromkeys(f"{json.dumps(run)}\n" for run in kept)))
+    write_text(folder / "runs.jsonl", "".join(dict.fromkeys(f"{json.dumps(run)}\n" for run in kept)))
     (folder / "results").mkdir(exist_ok=True)
     finals = {path.name: path for run in runs_of(done["final"]) for path in _files_of(run)}
     for name, path in finals.items():
@@ -277,9 +294,14 @@ def write(folder: Path) -> None:
     for path in (folder / "results").iterdir():
         if path.name not in finals:
             path.unlink()
-    (folder / "environments.txt").write_text(environment(done["final"][0][1]))
+    write_text(folder / "environments.txt", environment(done["final"][0][1]))
     draw(folder, done)
-    (folder / "README.md").write_text(page(folder, done))
+    write_text(folder / "README.md", page(folder, done))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file as a whole: what it has of runs may be nowhere else."""
+    write_whole(path, text.encode())
 
 
 def draw(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> None:

@@ -18,6 +18,7 @@ linearly with the users that have both classes of a label.
 import glob
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -396,7 +397,7 @@ def _read_users(run: Run) -> dict[str, GroupAUCs]:
         with np.load(run.users) as arrays:
             labels = [label for label in run.result["labels"] if f"{label}__auc" in arrays.files]
             return {label: GroupAUCs(*(arrays[f"{label}__{name}"] for name in GroupAUCs._fields)) for label in labels}
-    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, KeyError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{run.users} is not a file of users' AUCs: {error}; run again") from error
 
 

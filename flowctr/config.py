@@ -27,6 +27,8 @@ from torch import nn
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 REQUIRED_KEYS = ("model", "dataset_id", "metrics", "optimizer", "loss", "batch_size", "epochs", "seed")
+# What a YAML that is none, or has a value that is not of its tag, makes the library raise.
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
 REQUIRED_DATASET_KEYS = ("data_root", "data_format", "train_data")
 DEFAULTS = {"model_root": "./checkpoints/", "verbose": 1, "shuffle": True, "resume": None}
 DATASET_PATHS = ("data_root", "train_data", "valid_data", "test_data")
@@ -217,7 +219,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must map ids to settings; it holds {content!r}")
@@ -292,7 +294,7 @@ def _parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], list[str
             continue
         try:
             value = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
+        except NOT_YAML as error:
             mistakes.append(f"--set {text}: the value is not valid YAML: {error}")
             continue
         is_path = key in (*DATASET_PATHS, "model_root", "zoo") and isinstance(value, str)

@@ -54,6 +54,8 @@ def predict(trained: TrainedModel, data: str | Path, out: str | Path, ids: Seque
             raise ValueError(f"{path} ends in {path.suffix!r}; it must end in {' or '.join(known)}")
     if not data.is_file():
         raise FileNotFoundError(f"there is no file {data}")
+    if out.resolve() == data.resolve():
+        raise ValueError(f"{out} holds the rows to score, which the scores would replace; name another file for these")
     total, chunks = READERS[data.suffix](trained, data, ids)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = 0

@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +238,7 @@ def _heatmaps(run: Run) -> list[tuple[str, Markup]]:
                 for key in arrays.files
                 if not key.endswith(("__rows", "__cols"))
             }
-    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, KeyError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{run.attention} is not a file of attention maps: {error}") from error
     return [(key, _heatmap(key, *values)) for key, values in maps.items()]
 

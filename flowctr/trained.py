@@ -108,7 +108,7 @@ def load_trained(
     """
     overrides = list(overrides)
     config_dir = Path(config_dir).resolve()
-    model_dir = Path(model_dir or config_dir.parent).resolve()
+    has_folder, model_dir = model_dir is not None, Path(model_dir or config_dir.parent).resolve()
     params = load_params(config_dir, expid, src, model_dir, gpu, overrides)
     if gpu >= torch.cuda.device_count():
         raise ValueError(
@@ -116,7 +116,7 @@ def load_trained(
         )
     weights = Path(params["model_root"]) / params["dataset_id"] / f"{params['model_id']}.model"
     if not weights.is_file():
-        model = [] if params.get("zoo") else [params["model"]]
+        model = [params["model"]] if has_folder and not params.get("zoo") else []  # whose folder a run would write to
         command = ["flowctr", "run", *model, "--expid", expid, "--config", str(config_dir)]
         command += [word for override in overrides for word in ("--set", override)]
         raise FileNotFoundError(f"{expid} is not trained: there is no {weights}; train it with: {shlex.join(command)}")

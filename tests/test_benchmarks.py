@@ -43,7 +43,9 @@ def test_the_page_is_what_the_result_files_say(tables):
 
 def test_studies_without_results_are_named(tables, tmp_path, monkeypatch):
     (tmp_path / "FM" / "FM_data").mkdir(parents=True)
-    (tmp_path / "FM" / "FM_data" / "tuner_config.yaml").write_text("dataset_id: data\n")
+    (tmp_path / "FM" / "FM_data" / "tuner_config.yaml").write_text(
+        "{base_config: FM, base_expid: FM_data, dataset_id: data, tuner_space: {}, trials: 1, select: AUC, seeds: [1]}"
+    )
     monkeypatch.setattr(tables, "HERE", tmp_path)
     with pytest.raises(SystemExit, match=r"studies without results: .*FM_data; run them"):
         tables.table("studies data")

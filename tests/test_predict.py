@@ -343,6 +343,31 @@ def test_weights_of_an_interrupted_run_are_no_trained_model(mixed, tmp_path):
         resume.unlink()
 
 
+def test_scores_do_not_replace_the_rows(mixed, rows, tmp_path):
+    rows.write_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.parquet holds the rows to score"):
+        predict(mixed, tmp_path / "rows.parquet", tmp_path / "." / "rows.parquet")
+    assert pl.read_parquet(tmp_path / "rows.parquet").equals(rows)
+
+
+def test_numbers_are_tokens_where_training_had_them_so(tmp_path, rows):
+    """Such as a parquet file's integers under `dtype: str`; floats would be other tokens."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "model_config.yaml").write_text(MODEL_CONFIG)
+    text = DATASET_CONFIG.replace("csv", "parquet").replace(
+        "user, active: true, dtype: int", "user, active: true, dtype: str"
+    )
+    (tmp_path / "config" / "dataset_config.yaml").write_text(text)
+    for split, count in (("train", 200), ("valid", 120)):
+        mixed_rows(count, seed=count).write_parquet(tmp_path / f"{split}.parquet")
+    experiment.run(tmp_path / "config", "DOT_mixed")
+    trained = load_trained(tmp_path / "config", "DOT_mixed")
+    scores = scores_of(trained, rows, tmp_path, "parquet")
+    np.testing.assert_allclose(scores["click_pred"], engine_predictions(trained, "valid")["click"], atol=1e-6)
+    with pytest.raises(ValueError, match="'user' is Float64; the model was trained with text there"):
+        scores_of(trained, rows.with_columns(pl.col("user").cast(pl.Float64)), tmp_path, "parquet")
+
+
 def test_raw_rows_need_a_data_set_that_flowctr_built(mixed, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(mixed.feature_map, "data_dir", str(tmp_path))
     with pytest.raises(ValueError, match="was not built by flowctr, so how to encode raw rows is not known"):

@@ -36,8 +36,9 @@ def check_results(ledger: Ledger, runs: Iterable[Run], space: Space) -> None:
 
     Raises:
         FileNotFoundError: If a result is gone.
-        ValueError: If a line of the ledger and the result that it names differ.
+        ValueError: If a line of the ledger and the result that it names differ, or the runs had different data.
     """
+    data: dict[str | None, Path] = {}
     for run in runs:
         path = space.folder / run["result"]
         result = read_result(path)
@@ -47,6 +48,12 @@ def check_results(ledger: Ledger, runs: Iterable[Run], space: Space) -> None:
                 f"{ledger.path}: {run['trial']}, seed {run['seed']}, is not as in its result {path}: "
                 f"{', '.join(differing)}; put the line back as it was, or delete all lines of the trial, which will "
                 "then be run again"
+            )
+        data[result["data"]["manifest"]] = path
+        if len(data) > 1:
+            raise ValueError(
+                f"{' and '.join(map(str, data.values()))} are of different data: {result['dataset_id']} was built anew "
+                "in between; remove the results of one kind, which are then run again"
             )
 
 

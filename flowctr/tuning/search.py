@@ -340,6 +340,7 @@ def _checkpoints(space: Space, trial: Trial) -> Path:
 
 def _conclude(space: Space, ledger: Ledger, seeds: int) -> Path:
     """Writes the ranked tables and the plot, and removes the weights of all trials but the best."""
+    check_results(ledger, ledger.of_state("finished"), space)
     best = ranked(ledger, space)
     table = space.path.with_suffix(".csv")
     write_csv(table, best, space.folder)
@@ -356,9 +357,12 @@ def _conclude(space: Space, ledger: Ledger, seeds: int) -> Path:
 
 
 def _remove_weights(space: Space, run: Run) -> None:
-    """Removes what a run has saved, also of its stages, but for its log."""
+    """Removes what a run has saved, also of its stages, but for its log, and unless another search has this trial."""
     name = f"{run['trial']}-s{run['seed']}"
     folder = _checkpoints(space, space.find(run["trial"]))
+    others = set(space.folder.parent.glob("*/ledger.jsonl")) - {space.folder / "ledger.jsonl"}
+    if any(f'"{run["trial"]}"' in path.read_text(encoding="utf-8") for path in others):
+        return
     for suffix in (".model", ".resume"):
         for path in (*folder.glob(f"{glob.escape(name)}{suffix}"), *folder.glob(f"{glob.escape(name)}-*{suffix}")):
             path.unlink()

@@ -29,7 +29,11 @@ from fuxictr.utils import Monitor
 REQUIRED_KEYS = ("base_expid", "tuner_space")
 KEYS = ("base_config", *REQUIRED_KEYS, "dataset_id", "dataset_config", "model_config")
 TEXTS = ("base_config", "base_expid", "dataset_id")
-SHARED_KEYS = ("monitor", "monitor_mode", "model")  # what trials must have in common to be compared
+# What trials must have in common to be compared.
+SHARED_KEYS = (
+    *("monitor", "monitor_mode", "model", "label", "label_col", "group_id", "scenario"),
+    *("valid_data", "test_data"),
+)
 # Of a data set's keys those that an experiment may have as well: they change nothing of its files.
 OF_EITHER = {"dataset_id", "group_id", "scenario", "use_features", "feature_specs", "label"}
 
@@ -196,6 +200,10 @@ def read_space(path: str | Path, model_dir: str | Path | None = None) -> Space:
         raise FileNotFoundError(f"there is no tuner YAML {path}")
     if path.suffix not in (".yaml", ".yml"):
         raise config.ConfigError(f"the name of {path} must end in .yaml; the search's folder has its name without that")
+    if re.search(r"\s", path.name):
+        raise config.ConfigError(
+            f"{path.name!r} has a blank, which commands and links of a submission cannot have; rename it"
+        )
     content = config.read_yaml(path)
     mistakes = [f"missing key {key!r}" for key in REQUIRED_KEYS if key not in content]
     mistakes += [f"unknown key {key!r}; the nearest is {nearest(key, KEYS)!r}" for key in content if key not in KEYS]

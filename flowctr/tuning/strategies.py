@@ -17,6 +17,7 @@ from flowctr.tuning.space import Space, Trial
 if TYPE_CHECKING:
     import optuna
 
+GRID_LIMIT = 10_000  # trials; more are never run to the end, and listing them takes minutes and gigabytes
 SEARCHES = ("grid", "random", "optuna")
 # Until this many trials have finished, none is pruned; nor is any at its first evaluation.
 TRIALS_BEFORE_PRUNING, EVALUATIONS_BEFORE_PRUNING = 5, 1
@@ -171,6 +172,11 @@ def make_strategy(space: Space, search: str, count: int | None, tag: str | None,
                 f"--tag {tag} chooses among trials that are known beforehand, which those of optuna are not"
             )
         return Optuna(space, count, sampler)
+    if search == "grid" and len(space) > GRID_LIMIT:
+        raise ValueError(
+            f"the grid of {space.path} has {len(space):,} trials, more than {GRID_LIMIT:,}; leave out values, or draw "
+            "some with --search random --trials N"
+        )
     trials = draw(space, count) if search == "random" else [space.trial(i + 1) for i in range(len(space))]
     tagged = [trial for trial in trials if tag is None or tag in trial.expid]
     if not tagged:
