@@ -67,7 +67,7 @@ class TaskHubs(nn.Module):
 
     def __init__(self, num_shared, dim, hybrid):
         super().__init__()
-        self.shared = LearnedTokens(num_shared, dim) if num_shared else None
+        self.shared = LearnedTokens(num_shared, dim, std=1e-4) if num_shared else None
         self.hybrid = hybrid
 
     def forward(self, tokens, events):
