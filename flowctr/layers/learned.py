@@ -10,17 +10,22 @@ class LearnedTokens(nn.Module):
     Args:
         num_tokens: Tokens N.
         dim: Token width D.
+        std: Standard deviation of what the tokens start with; None: xavier normal.
     """
 
-    def __init__(self, num_tokens: int, dim: int):
+    def __init__(self, num_tokens: int, dim: int, std: float | None = None):
         super().__init__()
+        self.std = std
         self.weight = nn.Parameter(torch.empty(num_tokens, dim))
         self.output_dim = dim
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draws the tokens (xavier normal)."""
-        nn.init.xavier_normal_(self.weight)
+        """Draws the tokens."""
+        if self.std is None:
+            nn.init.xavier_normal_(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, batch_size: int) -> Tensor:
         """Repeats the tokens, ``(B, N, D)``."""

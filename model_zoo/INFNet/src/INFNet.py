@@ -210,7 +210,7 @@ class INFNet(MultiTaskModel):
         if "sequence" in sizes:
             self.event_tokens = EventTokens(self.tokens.behaviors, self.tokens.max_len, dim, use.positions)
         if "tasks" in sizes:
-            self.task_tokens = LearnedTokens(len(labels), dim)
+            self.task_tokens = LearnedTokens(len(labels), dim, std=1e-4)
         pooled_groups = [group for group in ("fields", "sequence") if group in sizes]
         hubs_read = pooled_groups if self.reads_hubs else ["tasks"] if head_input != "token" else []
         plan, initial_hubs = plan_blocks(

@@ -67,7 +67,7 @@ class TaskHubs(nn.Module):
 
     def __init__(self, num_shared, dim, hybrid):
         super().__init__()
-        self.shared = LearnedTokens(num_shared, dim) if num_shared else None
+        self.shared = LearnedTokens(num_shared, dim, std=1e-4) if num_shared else None
         self.hybrid = hybrid
 
     def forward(self, tokens, events):
@@ -90,7 +90,8 @@ class EventTokens(nn.Module):
         self.project = nn.ModuleList(
             nn.Linear(len(columns) * dim, dim) if len(columns) > 1 else nn.Identity() for columns in behaviors.values()
         )
-        self.positions = LearnedTokens(max_len, dim) if positions else None  # the last one is the most recent event's
+        # The last one is the most recent event's. Larger than FuxiCTR's embeddings, they would drown these at first.
+        self.positions = LearnedTokens(max_len, dim, std=1e-4) if positions else None
 
     def forward(self, columns):
         """Maps right-aligned columns of each behaviour, ``(B, T, columns * D)``, to event tokens ``(B, T, D)``."""
