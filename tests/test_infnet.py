@@ -22,6 +22,7 @@ SMALL = {
     "head_hidden_units": [16],
     "behaviors": BEHAVIORS,
     "embedding_initializer": WIDE_INITIALIZER,
+    "token_std": 0.4,
 }
 
 
@@ -327,6 +328,24 @@ def test_blocks_keep_the_shapes_of_the_groups():
     assert shapes[0][0]["sequence"].shape == (12, 16, 8)  # both behaviours end to end
 
 
+@pytest.mark.parametrize(
+    ("version", "token_std", "smallest", "largest"),
+    [("v2", None, 0.8e-4, 1.2e-4), ("v1", None, 0.05, 1), ("v1", 0.01, 0.008, 0.012), ("v2", 0.01, 0.008, 0.012)],
+)
+def test_learned_tokens_start_as_small_as_embeddings_in_v2_and_as_large_as_weights_in_v1(
+    version, token_std, smallest, largest
+):
+    torch.manual_seed(0)
+    model = INFNet(
+        toy_feature_map(LABELS, 50),
+        **{**MODEL_ARGUMENTS, **SMALL, "embedding_dim": 64, "version": version, "token_std": token_std},
+    )
+    tokens = [model.task_tokens, model.initial_hubs["tasks"].shared, model.event_tokens.positions]
+    assert [token is None for token in tokens] == [False, False, version == "v1"]
+    for token in filter(None, tokens):
+        assert smallest < token.weight.std() < largest
+
+
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_the_last_block_builds_only_what_the_head_reads(version):
     blocks = build(version=version, num_blocks=2).blocks
@@ -485,6 +504,7 @@ CHANGES = {
     "hub_hidden_units": 4,
     "sequence_pooling": "shared_sum",
     "positions": False,
+    "token_std": 0.2,
     "bgu_expansion": 0,
     "residual": False,
     "head_input": "both",
@@ -535,6 +555,7 @@ def test_no_argument_is_left_untested():
         ({"hubs_per_behavior": 0}, "hubs_per_behavior must be a whole number of at least 1; got 0"),
         ({"cross_rank": 0}, "cross_rank must be a whole number of at least 1; got 0"),
         ({"num_blocks": 0}, "num_blocks must be a whole number of at least 1; got 0"),
+        ({"token_std": 0}, "token_std must be above 0; got 0"),
         ({"bgu_expansion": -1}, "bgu_expansion must be a whole number of at least 1; got -1"),
         (
             {"aggregation": "hubs"},

@@ -44,6 +44,7 @@ PRESETS = {
         "num_task_hubs": 2,
         "sequence_pooling": "shared_sum",
         "positions": False,
+        "token_std": None,
     },
     "v2": {
         "aggregation": "views",
@@ -52,6 +53,7 @@ PRESETS = {
         "num_task_hubs": 4,
         "sequence_pooling": "typed_mean",
         "positions": True,
+        "token_std": 1e-4,
     },
 }
 AGGREGATIONS = ("cross", "views", "views_sum", "union", "all_to_all", "none")
@@ -90,6 +92,8 @@ class INFNet(MultiTaskModel):
         hub_hidden_units: Hidden width of the field hubs' MLP.
         sequence_pooling: Sequence hubs: ``shared_sum`` (v1) or ``typed_mean`` (v2: an MLP for each behaviour).
         positions: Whether events carry a learned position, counted from the most recent one.
+        token_std: Standard deviation of what task tokens, shared hubs and positions start with; v1's are xavier normal,
+            v2's as small as FuxiCTR's embeddings, which larger positions and tokens drown.
         gate_hubs: Hubs that drive a block's broadcast: ``refined`` in this block, or the ``previous`` ones.
         bgu_expansion: Hidden width of the BGU's MLP in units of D; 0: one linear map.
         residual: Residual and LayerNorm around both stages; False: v1's equations as printed.
@@ -135,6 +139,7 @@ class INFNet(MultiTaskModel):
         hub_hidden_units=256,
         sequence_pooling=None,
         positions=None,
+        token_std=None,
         gate_hubs="refined",
         bgu_expansion=4,
         residual=True,
@@ -161,6 +166,7 @@ class INFNet(MultiTaskModel):
             "num_task_hubs": num_task_hubs,
             "sequence_pooling": sequence_pooling,
             "positions": positions,
+            "token_std": token_std,
         }
         use = SimpleNamespace(**{k: PRESETS[version][k] if value is None else value for k, value in given.items()})
         check_options(
@@ -182,6 +188,8 @@ class INFNet(MultiTaskModel):
             check_positive(bgu_expansion=bgu_expansion)
         if cross_rank is not None:
             check_positive(cross_rank=cross_rank)
+        if token_std is not None and not token_std > 0:
+            raise ValueError(f"token_std must be above 0; got {token_std!r}")
         _check_heads_are_fed(use.aggregation, use.broadcast, gate_hubs, head_input, task_blind)
         self.tokens = FeatureTokens(
             feature_map, embedding_dim, behaviors, embedding_initializer, target_matches, target_attention
@@ -208,9 +216,11 @@ class INFNet(MultiTaskModel):
             _warn_of_more_hubs_than_tokens("hubs_per_behavior", hubs_per_behavior, self.tokens.max_len, "events")
 
         if "sequence" in sizes:
-            self.event_tokens = EventTokens(self.tokens.behaviors, self.tokens.max_len, dim, use.positions)
+            self.event_tokens = EventTokens(
+                self.tokens.behaviors, self.tokens.max_len, dim, use.positions, use.token_std
+            )
         if "tasks" in sizes:
-            self.task_tokens = LearnedTokens(len(labels), dim, std=1e-4)
+            self.task_tokens = LearnedTokens(len(labels), dim, use.token_std)
         pooled_groups = [group for group in ("fields", "sequence") if group in sizes]
         hubs_read = pooled_groups if self.reads_hubs else ["tasks"] if head_input != "token" else []
         plan, initial_hubs = plan_blocks(
@@ -231,7 +241,7 @@ class INFNet(MultiTaskModel):
             for refined, gated in plan
         )
         build_hubs = {
-            "tasks": lambda: TaskHubs(num_shared, dim, hybrid),
+            "tasks": lambda: TaskHubs(num_shared, dim, hybrid, use.token_std),
             "fields": lambda: FieldHubs(hub_init, num_fields, use.num_field_hubs, dim, hub_hidden_units),
             "sequence": lambda: SequenceHubs(
                 hub_init, use.sequence_pooling, len(self.tokens.behaviors), hubs_per_behavior, dim

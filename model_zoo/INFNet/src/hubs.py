@@ -65,9 +65,9 @@ class SequenceHubs(nn.Module):
 class TaskHubs(nn.Module):
     """First task hubs: learned ones that all tasks share (v1), behind the task tokens in v2, ``[T; T_shared]``."""
 
-    def __init__(self, num_shared, dim, hybrid):
+    def __init__(self, num_shared, dim, hybrid, std):
         super().__init__()
-        self.shared = LearnedTokens(num_shared, dim, std=1e-4) if num_shared else None
+        self.shared = LearnedTokens(num_shared, dim, std) if num_shared else None
         self.hybrid = hybrid
 
     def forward(self, tokens, events):
@@ -84,14 +84,13 @@ class EventTokens(nn.Module):
     Positions count back from the most recent event, so that neither padding nor older events shift them.
     """
 
-    def __init__(self, behaviors, max_len, dim, positions):
+    def __init__(self, behaviors, max_len, dim, positions, std):
         super().__init__()
         self.max_len = max_len
         self.project = nn.ModuleList(
             nn.Linear(len(columns) * dim, dim) if len(columns) > 1 else nn.Identity() for columns in behaviors.values()
         )
-        # The last one is the most recent event's. Larger than FuxiCTR's embeddings, they would drown these at first.
-        self.positions = LearnedTokens(max_len, dim, std=1e-4) if positions else None
+        self.positions = LearnedTokens(max_len, dim, std) if positions else None  # last: of the most recent event
 
     def forward(self, columns):
         """Maps right-aligned columns of each behaviour, ``(B, T, columns * D)``, to event tokens ``(B, T, D)``."""
