@@ -199,6 +199,60 @@ def test_a_result_of_another_configuration_is_none(study, baseline):
         study.write(baseline)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("trials", None, r"missing keys \['trials'\], unknown keys \[\]"),
+        ("sweep", {}, r"missing keys \[\], unknown keys \['sweep'\]"),
+        ("seeds", [1, 1], r"seeds must be a list of different values; got \[1, 1\]"),
+        ("tuner_space", {"embedding_dim": 8}, "embedding_dim must be a list of different values; got 8"),
+        ("tuner_space", {"embedding_dim": []}, r"embedding_dim must be a list of different values; got \[\]"),
+    ],
+)
+def test_a_wrong_study_is_refused(study, baseline, key, value, message):
+    path = baseline / "tuner_config.yaml"
+    wanted = {**json.loads(path.read_text()), key: value}
+    path.write_text(json.dumps({name: given for name, given in wanted.items() if given is not None}))
+    with pytest.raises(SystemExit, match=rf"tuner_config\.yaml: .*{message}"):
+        study.read(baseline)
+
+
+@pytest.mark.parametrize(("select", "best"), [("AUC", 4), ("is_click_AUC", 8), ("logloss", 8), ("is_click_logloss", 4)])
+def test_the_best_trial_has_the_highest_auc_or_the_lowest_loss(study, baseline, select, best):
+    path = baseline / "tuner_config.yaml"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "select": select}))
+    for number, job in enumerate(study.jobs(baseline, "tune")):
+        _run_as(job, number)
+    assert dict(study.ranked(baseline)[0][0].overrides)["embedding_dim"] == best
+
+
+def test_a_page_is_there_as_a_whole_or_not_at_all(study, baseline, monkeypatch):
+    _run_all(study, baseline)
+    study.write(baseline)
+    before = {path: path.read_bytes() for path in baseline.rglob("*") if path.is_file()}
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(study, "write_whole", full)
+    with pytest.raises(OSError, match="No space"):
+        study.write(baseline)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_failed_phase_is_not_followed_by_the_next(study, baseline, monkeypatch):
+    ran = []
+
+    def fail(job, gpu):
+        ran.append(job)
+        return f"{job.seed} failed"
+
+    monkeypatch.setattr(study.Job, "run", fail)
+    with pytest.raises(SystemExit, match=r"(?s)1 failed.*6 runs failed"):
+        study.run([baseline], ["tune", "final"], [-1], 2)
+    assert len(ran) == 6
+
+
 def _defaults(model):
     arguments = inspect.signature(config.model_class(model).__init__).parameters
     return {name: argument.default for name, argument in arguments.items()}

@@ -11,6 +11,7 @@ from flowctr import compare, experiment
 from flowctr.compare import Run, best_marks, bootstrap, find_runs, paired_t_test
 from flowctr.metrics import evaluate_metrics, group_aucs
 from test_experiment import call, folder, full_disk, src  # noqa: F401  fixtures
+from toy import damage
 
 LABELS = ("click", "like")
 
@@ -370,6 +371,10 @@ def test_results_without_users_are_told_and_refused_if_seeds_cannot_tell_either(
     broken = write_runs(tmp_path / "broken", "B", 1)
     broken[0].users.write_bytes(b"PK\x03\x04 cut off")
     refused(tmp_path, r"B-s1-.*users\.npz is not a file of users' AUCs: .*; run again", b=broken)
+    for how in ("stream", "method"):
+        damaged = write_runs(tmp_path / how, "B", 1)
+        damage(damaged[0].users, how)
+        refused(tmp_path, r"B-s1-.*users\.npz is not a file of users' AUCs: .*; run again", b=damaged)
 
 
 def test_a_metric_that_is_undefined_stays_so(tmp_path):

@@ -12,6 +12,7 @@ from flowctr.report import Run, _curve, metrics_table
 from flowctr.report import write_report as write_report_of
 from flowctr.results import read_result
 from rich.console import Console
+from toy import damage
 
 DASH = "–"
 NAMES = ("AUC", "gAUC", "logloss", "NE")
@@ -250,8 +251,13 @@ def test_missing_attention_file_is_said_and_the_rest_reported(tmp_path):
     assert [text for text, _ in page.row("one")] == expected_cells(path, [""])
 
 
-def test_broken_attention_file_is_named(tmp_path):
-    (tmp_path / "maps.npz").write_bytes(b"PK\x03\x04 cut off")
+@pytest.mark.parametrize("how", ["cut", "stream", "method"])
+def test_broken_attention_file_is_named(tmp_path, how):
+    np.savez_compressed(tmp_path / "maps.npz", block=np.random.default_rng(0).random(300))
+    if how == "cut":
+        (tmp_path / "maps.npz").write_bytes(b"PK\x03\x04 cut off")
+    else:
+        damage(tmp_path / "maps.npz", how)
     with pytest.raises(ValueError, match=r"maps\.npz is not a file of attention maps"):
         write_report([write_run(tmp_path, attention="maps.npz")], tmp_path)
 

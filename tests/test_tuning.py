@@ -273,6 +273,26 @@ def test_a_yaml_whose_name_would_be_its_folders_is_refused(folder):
         read_space(path.rename(path.with_suffix("")))
 
 
+def test_a_yaml_whose_name_has_a_blank_is_refused(folder):
+    path = write_space(folder)
+    with pytest.raises(config.ConfigError, match=r"'my tuner\.yaml' has a blank, .*rename it"):
+        read_space(path.rename(path.with_name("my tuner.yaml")))
+
+
+@pytest.mark.parametrize("key", ["monitor", "label", "group_id", "valid_data"])
+def test_trials_that_could_not_be_compared_are_refused(folder, key):
+    values = {"monitor": ["AUC", "logloss"], "label": ["click", "like"], "group_id": ["user", "item"]}
+    with pytest.raises(config.ConfigError, match=key):
+        a_space(folder, {key: values.get(key, ["a.csv", "b.csv"]), "embedding_dim": [4]}).check()
+
+
+def test_a_grid_that_is_never_run_to_its_end_is_refused_and_may_be_drawn_from(folder):
+    space = a_space(folder, {"embedding_dim": list(range(1, 102)), "seed": list(range(100))})
+    with pytest.raises(ValueError, match=r"has 10,100 trials, more than 10,000; leave out values, or draw some with"):
+        make_strategy(space, "grid", None, None, "TPESampler")
+    assert make_strategy(space, "random", 3, None, "TPESampler")
+
+
 def test_all_mistakes_of_a_space_come_in_one_message(folder):
     with pytest.raises(config.ConfigError) as caught:
         a_space(folder, {"embedding_dim": []}, dataset_id="tinny", more=1)

@@ -72,6 +72,7 @@ result = {
     "format": 1, "expid": args.expid, "model": "DOT", "dataset_id": params["dataset_id"], "seed": seed,
     "started": started.isoformat(timespec="seconds"), "command": "python run_expid.py", "labels": ["click"],
     "metrics": metrics, "curves": {"train": [], "valid": curve}, "config": {}, "parameters": {},
+    "data": {"manifest": f"{params.get('min_categr_count')} {Path('data/train.csv').exists()}"},
 }
 path = Path("results", f"{name}-{started:%Y%m%d-%H%M%S-%f}.json")
 Path(f"{path}.tmp").write_text(json.dumps(result))
@@ -420,6 +421,27 @@ def test_numbers_edited_in_the_ledger_are_refused(folder, old, new, differing):
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ValueError, match=rf"ledger\.jsonl.*seed 7, is not as in its result \S+: {differing}; put the"):
         run(folder)
+
+
+def test_results_of_different_data_are_not_ranked(folder):
+    run(folder, tag="_001_")
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data" / "train.csv").write_text("other rows")
+    with pytest.raises(ValueError, match=r"_001_.* and .*_002_.* cannot be compared: data set tiny was built"):
+        run(folder)
+    ledger = folder / "config" / "tuner" / "ledger.jsonl"
+    ledger.write_text("".join(line for line in ledger.open() if "_001_" not in line))
+    run(folder)
+    assert len(csv_of(folder)) == 6 and len(events(folder, "begin")) == 7
+
+
+def test_weights_of_a_trial_that_another_search_has_too_stay(folder):
+    content = {"base_expid": "DOT_small", "tuner_space": {"learning_rate": [1e-3], "embedding_dim": [4, 8]}}
+    (folder / "config" / "fewer.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    tune(folder / "config" / "fewer.yaml", workers="2")
+    run(folder)
+    kept = {path.name[10:13] for path in (folder / "checkpoints" / "tiny").glob("*.model") if "search" not in path.name}
+    assert {"002", "006"} <= kept <= {"001", "002", "006"}  # the best of each, and what both have
 
 
 def test_a_changed_experiment_is_refused(folder):

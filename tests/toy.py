@@ -68,3 +68,13 @@ def pad(events, lengths, max_len, padding) -> torch.Tensor:
         start = max_len - length if padding == "pre" else 0
         padded[row, start : start + length] = events[row, :length]
     return padded
+
+
+def damage(archive, how):
+    """Overwrites a part of an .npz: of the ``stream`` of an array, or the ``method`` that it is compressed by."""
+    content = bytearray(archive.read_bytes())
+    if how == "stream":
+        content[100:120] = b"\xff" * 20
+    else:
+        content[content.find(b"PK\x01\x02") + 10] = 99
+    archive.write_bytes(content)

@@ -38,7 +38,7 @@ def check_results(ledger: Ledger, runs: Iterable[Run], space: Space) -> None:
         FileNotFoundError: If a result is gone.
         ValueError: If a line of the ledger and the result that it names differ, or the runs had different data.
     """
-    data: dict[str | None, Path] = {}
+    built: dict[str, tuple[str | None, Path]] = {}
     for run in runs:
         path = space.folder / run["result"]
         result = read_result(path)
@@ -49,11 +49,12 @@ def check_results(ledger: Ledger, runs: Iterable[Run], space: Space) -> None:
                 f"{', '.join(differing)}; put the line back as it was, or delete all lines of the trial, which will "
                 "then be run again"
             )
-        data[result["data"]["manifest"]] = path
-        if len(data) > 1:
+        manifest, first = built.setdefault(result["dataset_id"], (result["data"]["manifest"], path))
+        if result["data"]["manifest"] != manifest:
             raise ValueError(
-                f"{' and '.join(map(str, data.values()))} are of different data: {result['dataset_id']} was built anew "
-                "in between; remove the results of one kind, which are then run again"
+                f"{first} and {path} cannot be compared: data set {result['dataset_id']} was built from other files or "
+                f"settings in between; delete the lines of all runs from before in {ledger.path}, which will then be "
+                "run again"
             )
 
 
