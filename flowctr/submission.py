@@ -20,8 +20,8 @@ from statistics import mean, pstdev
 from typing import Any
 
 import yaml
-from flowctr import tuning
-from flowctr.bars import ENVIRONMENTS, LEADERBOARD, README, RESULTS
+from flowctr import bars, tuning
+from flowctr.bars import ENVIRONMENTS, LEADERBOARD, README, RESULTS, Finding
 from flowctr.compare import find_runs
 from flowctr.config import DATASET_KEYS, DATASET_PATHS, DEFAULTS, REPOSITORY
 from flowctr.datasets import DATASETS
@@ -30,7 +30,7 @@ from flowctr.results import read_result
 from flowctr.tuning.outcome import check_results, ranked
 from flowctr.tuning.search import locked
 from flowctr.tuning.space import Trial, known_trials, write_configs
-from flowctr.validation import check_submission
+from flowctr.validation import check_log, check_submission
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 YOUR_PATH = "YOUR_PATH"
@@ -115,8 +115,12 @@ def submit(what: str, out: str | Path, author: str | None = None, url: str | Non
         ):
             (folder / name).write_text(text, encoding="utf-8")
         write_configs(folder / material.stem, [_portable_trial(trial) for trial in material.trials])
-        if defects := [finding for finding in check_submission(folder) if not finding.is_notice]:
-            listed = "\n".join(f"  - {defect._replace(path=defect.path.relative_to(folder))}" for defect in defects)
+        defects = [finding for finding in check_submission(folder) if not finding.is_notice]
+        for result, line in zip(material.results, bars.read_results(folder / RESULTS, [])):
+            if result is not material.best and (path := _log_of(result)).is_file():
+                defects += check_log(path, path.read_text(encoding="utf-8", errors="replace").splitlines(), line)
+        if defects:
+            listed = "\n".join(f"  - {_shown(defect, folder)}" for defect in defects)
             raise ValueError(
                 f"the log and the results of {material.best['expid']} do not fit together; run it again:\n{listed}"
             )
@@ -207,16 +211,19 @@ def _located(dataset: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def _read_log(result: dict[str, Any]) -> str:
-    """Reads the log that the run has written beside its checkpoint."""
-    config = result["config"]
-    name = f"{result['expid']}-s{result['seed']}.log"
-    path = REPOSITORY / config["model_root"] / result["dataset_id"] / name
+    path = _log_of(result)
     if not path.is_file():
         raise FileNotFoundError(
             f"a submission without a log: there is no {path}, which the run of {result['expid']} with seed "
             f"{result['seed']} has written; put it back, or run the experiment again"
         )
     return _portable_text(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _log_of(result: dict[str, Any]) -> Path:
+    """Names the log that the run has written beside its checkpoint."""
+    name = f"{result['expid']}-s{result['seed']}.log"
+    return REPOSITORY / result["config"]["model_root"] / result["dataset_id"] / name
 
 
 def _git_user() -> str:
@@ -242,6 +249,12 @@ def _written_whole(out: Path) -> Iterator[Path]:
         folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shown(defect: Finding, folder: Path) -> Finding:
+    """Names the file of a defect from the submission's folder; a log elsewhere has its name alone."""
+    is_inside = defect.path.is_relative_to(folder)
+    return defect._replace(path=defect.path.relative_to(folder) if is_inside else Path(defect.path.name))
 
 
 def _portable_trial(trial: Trial) -> Trial:

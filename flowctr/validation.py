@@ -301,6 +301,23 @@ def _check_log(submission: Submission) -> Iterator[Finding]:
             break
 
 
+def check_log(log: Path, lines: Sequence[str], run: ResultLine) -> list[Finding]:
+    """Compares the log of a run with its result.
+
+    Args:
+        log: The log's path, for the findings.
+        lines: Its lines.
+        run: The line of the run in a csv of results.
+
+    Returns:
+        What differs; a log without metrics is of no whole run.
+    """
+    evaluations = bars.read_evaluations(lines)
+    if not evaluations:
+        return [Finding(log, len(lines), NUMBERS, "this log has no [Metrics]: it is not of a whole run")]
+    return list(_log_differences(log, lines, evaluations, run))
+
+
 def _log_differences(
     log: Path, lines: Sequence[str], evaluations: Sequence[Evaluation], run: ResultLine
 ) -> Iterator[Finding]:

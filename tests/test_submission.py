@@ -225,6 +225,19 @@ def test_the_log_of_another_run_is_refused_and_nothing_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_an_edited_result_of_another_seed_is_refused_if_its_log_is_there(tmp_path):
+    for seed in (2025, 2026):
+        bars_runs.write_run(tmp_path / "model", seed=seed)
+    (path,) = (tmp_path / "model" / "results").glob("*-s2026-*.json")
+    path.write_text(path.read_text().replace("0.6,", "0.61,"))
+    log = tmp_path / "model" / "checkpoints" / "kuairand_tiny" / "InterFormer_test-s2026.log"
+    message = rf"do not fit together; run it again:\n  - {log.name}:\d+: is_click_AUC is 0.600000; .* has 0.610000"
+    with pytest.raises(ValueError, match=message):
+        submit(str(path.parent), tmp_path / "out", "Ada L")
+    log.unlink()  # from another machine, say
+    assert submit(str(path.parent), tmp_path / "out", "Ada L").is_dir()
+
+
 def test_nothing_of_this_machine_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home" / "ada"))
     home, repository = tmp_path / "home" / "ada", config.REPOSITORY
