@@ -24,7 +24,6 @@ import itertools
 import json
 import random
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -171,11 +170,9 @@ def _unless_ablated(best: dict, study: dict, expid: str) -> dict:
 def ranked(folder: Path) -> list[tuple[Job, dict]]:
     """Gives the trials with their results, the best on the validation data first."""
     select = read(folder)["select"]
-    metric = select.partition("@")[0].rpartition("_")[2]  # of a label, or within scenarios
-    return sorted(
-        results(folder, "tune"),
-        key=lambda trial: trial[1]["metrics"]["valid"][select] * (1 if metric in LOG_METRICS else -1),
-    )
+    metric = select.partition("@")[0]  # within scenarios; of a label, behind its name
+    sign = 1 if any(metric == loss or metric.endswith(f"_{loss}") for loss in LOG_METRICS) else -1
+    return sorted(results(folder, "tune"), key=lambda trial: sign * trial[1]["metrics"]["valid"][select])
 
 
 def results(folder: Path, phase: str) -> list[tuple[Job, dict]]:
@@ -245,10 +242,15 @@ def read(folder: Path) -> dict:
         content = config.read_yaml(path)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-    missing, unknown = [*(set(NEEDED) - {*content})], [*({*content} - {*NEEDED, *DEFAULTS})]
-    if missing or unknown:
-        sys.exit(f"{path}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
-    for key, values in {"seeds": content["seeds"], **content["tuner_space"]}.items():
+    if missing := sorted(set(NEEDED) - content.keys()):
+        sys.exit(f"{path}: missing keys {missing}")
+    if unknown := sorted(content.keys() - {*NEEDED, *DEFAULTS}):
+        sys.exit(f"{path}: unknown keys {unknown}")
+    for key in ("tuner_space", "sweeps"):
+        if not isinstance(content.get(key, {}), dict):
+            sys.exit(f"{path}: {key} must map options to lists of values; got {content[key]!r}")
+    options = [*content["tuner_space"].items(), *content.get("sweeps", {}).items()]
+    for key, values in [("seeds", content["seeds"]), *options]:
         if not isinstance(values, list) or not values or len({repr(value) for value in values}) < len(values):
             sys.exit(f"{path}: {key} must be a list of different values; got {values}")
     return {**DEFAULTS, **content}
@@ -267,13 +269,16 @@ def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -
         finally:
             free.put(gpu)
 
+    failures = []
     with ThreadPoolExecutor(len(gpus) * workers) as pool:
         for phase in phases:
             wanted = dict.fromkeys(job for folder in folders for job in jobs(folder, phase))
             todo = [job for job in wanted if job.result() is None]
-            failures = [*filter(None, tqdm(pool.map(work, todo), phase, total=len(todo), unit="run"))]
-            if failures:  # the next phase needs all of this one
-                sys.exit("\n".join([*failures, f"{len(failures)} runs failed"]))
+            failures += filter(None, tqdm(pool.map(work, todo), phase, total=len(todo), unit="run"))
+            if failures and phase == "tune":  # what follows has the settings of the best trial
+                break
+    if failures:
+        sys.exit("\n".join([*failures, f"{len(failures)} runs failed"]))
 
 
 def write(folder: Path) -> None:
@@ -290,7 +295,7 @@ def write(folder: Path) -> None:
     finals = {path.name: path for run in runs_of(done["final"]) for path in _files_of(run)}
     for name, path in finals.items():
         if path.parent != folder / "results":
-            shutil.copy(path, folder / "results" / name)
+            write_whole(folder / "results" / name, path.read_bytes())
     for path in (folder / "results").iterdir():
         if path.name not in finals:
             path.unlink()

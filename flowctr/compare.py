@@ -17,8 +17,6 @@ linearly with the users that have both classes of a label.
 
 import glob
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,7 +26,7 @@ import numpy as np
 from flowctr.config import REPOSITORY
 from flowctr.metrics import GroupAUCs
 from flowctr.names import nearest
-from flowctr.results import NOT_SETTINGS, find_results, read_result
+from flowctr.results import NOT_NPZ, NOT_SETTINGS, find_results, read_result
 from numpy.typing import ArrayLike
 from rich.table import Table
 from rich.text import Text
@@ -397,7 +395,7 @@ def _read_users(run: Run) -> dict[str, GroupAUCs]:
         with np.load(run.users) as arrays:
             labels = [label for label in run.result["labels"] if f"{label}__auc" in arrays.files]
             return {label: GroupAUCs(*(arrays[f"{label}__{name}"] for name in GroupAUCs._fields)) for label in labels}
-    except (EOFError, KeyError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except NOT_NPZ as error:
         raise ValueError(f"{run.users} is not a file of users' AUCs: {error}; run again") from error
 
 

@@ -27,7 +27,7 @@ from torch import nn
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 REQUIRED_KEYS = ("model", "dataset_id", "metrics", "optimizer", "loss", "batch_size", "epochs", "seed")
-# What a YAML that is none, or has a value that is not of its tag, makes the library raise.
+# Raised for text that is no YAML, and for a value that does not fit its tag.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError)
 REQUIRED_DATASET_KEYS = ("data_root", "data_format", "train_data")
 DEFAULTS = {"model_root": "./checkpoints/", "verbose": 1, "shuffle": True, "resume": None}
@@ -185,7 +185,7 @@ def _merge(config_dir: Path, expid: str, overrides: Iterable[str]) -> tuple[dict
     return params, dataset, mistakes + _apply(changes, params)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # libyaml's parser, where there is one, is far faster
     """SafeLoader that reads 1e-3 as a number, as YAML 1.2 does, and tuples, and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

@@ -3,8 +3,6 @@
 import datetime
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from flowctr.pages import COLOR_INKS, COLORS, STYLE, shown, svg, write_page
 from flowctr.results import (
     MEAN,
     METRICS,
+    NOT_NPZ,
     SPLITS,
     metric_name,
     metric_of,
@@ -238,7 +237,7 @@ def _heatmaps(run: Run) -> list[tuple[str, Markup]]:
                 for key in arrays.files
                 if not key.endswith(("__rows", "__cols"))
             }
-    except (EOFError, KeyError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except NOT_NPZ as error:
         raise ValueError(f"{run.attention} is not a file of attention maps: {error}") from error
     return [(key, _heatmap(key, *values)) for key, values in maps.items()]
 

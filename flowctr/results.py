@@ -2,6 +2,8 @@
 
 import csv
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 FORMAT = 1
 REQUIRED = {"expid": str, "model": str, "dataset_id": str, "seed": int, "labels": list, "metrics": dict}
 OPTIONAL = dict.fromkeys(("config", "curves", "data", "parameters", "peak_memory_bytes", "speed"), dict)
+# Raised by an .npz that is cut off, damaged or something else.
+NOT_NPZ = (EOFError, KeyError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error)
 SPLITS = ("valid", "test")
 METRICS = ("AUC", "gAUC", "logloss", "NE")
 MEAN = "mean"

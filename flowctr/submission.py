@@ -116,8 +116,8 @@ def submit(what: str, out: str | Path, author: str | None = None, url: str | Non
             (folder / name).write_text(text, encoding="utf-8")
         write_configs(folder / material.stem, [_portable_trial(trial) for trial in material.trials])
         defects = [finding for finding in check_submission(folder) if not finding.is_notice]
-        for result, line in zip(material.results, bars.read_results(folder / RESULTS, [])):
-            if result is not material.best and (path := _log_of(result)).is_file():
+        for result, line in zip(material.results, bars.read_results(folder / RESULTS, []), strict=True):
+            if (path := _log_of(result)).is_file():
                 defects += check_log(path, path.read_text(encoding="utf-8", errors="replace").splitlines(), line)
         if defects:
             listed = "\n".join(f"  - {_shown(defect, folder)}" for defect in defects)

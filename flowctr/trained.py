@@ -108,15 +108,15 @@ def load_trained(
     """
     overrides = list(overrides)
     config_dir = Path(config_dir).resolve()
-    has_folder, model_dir = model_dir is not None, Path(model_dir or config_dir.parent).resolve()
-    params = load_params(config_dir, expid, src, model_dir, gpu, overrides)
+    folder = Path(model_dir or config_dir.parent).resolve()
+    params = load_params(config_dir, expid, src, folder, gpu, overrides)
     if gpu >= torch.cuda.device_count():
         raise ValueError(
             f"--gpu {gpu} does not exist; this machine has {torch.cuda.device_count()} GPUs; -1 is the CPU"
         )
     weights = Path(params["model_root"]) / params["dataset_id"] / f"{params['model_id']}.model"
     if not weights.is_file():
-        model = [params["model"]] if has_folder and not params.get("zoo") else []  # whose folder a run would write to
+        model = [params["model"]] if model_dir and not params.get("zoo") else []  # whose folder a run would write to
         command = ["flowctr", "run", *model, "--expid", expid, "--config", str(config_dir)]
         command += [word for override in overrides for word in ("--set", override)]
         raise FileNotFoundError(f"{expid} is not trained: there is no {weights}; train it with: {shlex.join(command)}")
@@ -135,7 +135,7 @@ def load_trained(
         model_class = zoo.adapt(model_class, feature_map, params, files["train"])
     if hasattr(model_class, "stages"):
         params["stage"] = list(model_class.stages(params))[-1]
-    _compare_with_run(params, expid, model_dir, digest, inspect.signature(model_class.__init__).parameters)
+    _compare_with_run(params, expid, folder, digest, inspect.signature(model_class.__init__).parameters)
     params["activation_checkpointing"] = False  # a way to train, in the way of an export
     model = accelerate(model_class)(feature_map, **params)
     model.load_weights(weights)

@@ -346,7 +346,7 @@ def test_weights_of_an_interrupted_run_are_no_trained_model(mixed, tmp_path):
 def test_scores_do_not_replace_the_rows(mixed, rows, tmp_path):
     rows.write_parquet(tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=r"rows\.parquet holds the rows to score"):
-        predict(mixed, tmp_path / "rows.parquet", tmp_path / "." / "rows.parquet")
+        predict(mixed, tmp_path / "rows.parquet", tmp_path / "." / ".." / tmp_path.name / "rows.parquet")
     assert pl.read_parquet(tmp_path / "rows.parquet").equals(rows)
 
 

@@ -38,7 +38,7 @@ def check_results(ledger: Ledger, runs: Iterable[Run], space: Space) -> None:
         FileNotFoundError: If a result is gone.
         ValueError: If a line of the ledger and the result that it names differ, or the runs had different data.
     """
-    built: dict[str, tuple[str | None, Path]] = {}
+    builds: dict[str, dict[str | None, list[str]]] = {}  # of each data set the trials, by the manifest of the data
     for run in runs:
         path = space.folder / run["result"]
         result = read_result(path)
@@ -49,12 +49,14 @@ def check_results(ledger: Ledger, runs: Iterable[Run], space: Space) -> None:
                 f"{', '.join(differing)}; put the line back as it was, or delete all lines of the trial, which will "
                 "then be run again"
             )
-        manifest, first = built.setdefault(result["dataset_id"], (result["data"]["manifest"], path))
-        if result["data"]["manifest"] != manifest:
+        builds.setdefault(result["dataset_id"], {}).setdefault(result["data"]["manifest"], []).append(run["trial"])
+    for dataset_id, trials in builds.items():
+        if len(trials) > 1:
+            listed = "".join(f"  - {', '.join(dict.fromkeys(names))}\n" for names in trials.values())
             raise ValueError(
-                f"{first} and {path} cannot be compared: data set {result['dataset_id']} was built from other files or "
-                f"settings in between; delete the lines of all runs from before in {ledger.path}, which will then be "
-                "run again"
+                f"data set {dataset_id} was built from other files or settings during the search, so trials of a line "
+                f"cannot be compared with those of another:\n{listed}delete the lines of the older ones in "
+                f"{ledger.path}; they are run again"
             )
 
 
