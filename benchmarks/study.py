@@ -397,7 +397,7 @@ def page(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> str:
         f"{first['model']}{' of FuxiCTR' if first.get('zoo') else ''} on `{first['dataset_id']}`, "
         f"{'a model for each label, ' if study['labels'] else ''}"
         f"seeds {', '.join(str(result['seed']) for result in finals)}, {' and '.join(devices)}, "
-        f"commit {' '.join(sorted({str(run['commit']) for run in final_runs}))}.",
+        f"commit {' '.join(sorted(_commits(final_runs)))}.",
         "## How to run it",
         "\n".join(
             [
@@ -417,15 +417,21 @@ def page(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> str:
     parts.append(markdown(["", *map(" ".join, columns)], rows))
     parts += ["## Cost", _cost(finals)]
     if done["variants"]:
+        others = sorted(_commits(runs_of(done["variants"])) - _commits(final_runs))
         parts += [
             "## Ablations and sweeps",
-            "Test data; one thing changed at a time, the same seeds.",
+            "Test data; one thing changed at a time, the same seeds."
+            + (f" Some of the runs are of commit {' and '.join(others)}." if others else ""),
         ]
         parts += [_variants_table(targets, variants_of(study, done)), *_figures(study, done)]
     parts += ["## Tuning", _tuning(study, len(done["tune"])), _trials_table(study, done["tune"])]
     if (folder / "NOTES.md").exists():
         parts += ["## Notes", (folder / "NOTES.md").read_text().strip()]
     return "\n\n".join(parts) + "\n"
+
+
+def _commits(runs: list[dict]) -> set[str]:
+    return {str(run["commit"]) for run in runs}
 
 
 def _checkout(config_dir: Path) -> list[str]:
