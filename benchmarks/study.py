@@ -257,7 +257,7 @@ def read(folder: Path) -> dict:
 
 
 def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -> None:
-    """Runs what has no result yet, phase by phase, ``workers`` runs at a time on each GPU."""
+    """Runs what has no result yet, ``workers`` runs at a time on each GPU; the other phases wait for all trials."""
     free: SimpleQueue[int] = SimpleQueue()
     for gpu in gpus * workers:
         free.put(gpu)

@@ -555,7 +555,8 @@ def test_no_argument_is_left_untested():
         ({"hubs_per_behavior": 0}, "hubs_per_behavior must be a whole number of at least 1; got 0"),
         ({"cross_rank": 0}, "cross_rank must be a whole number of at least 1; got 0"),
         ({"num_blocks": 0}, "num_blocks must be a whole number of at least 1; got 0"),
-        ({"token_std": 0}, "token_std must be above 0; got 0"),
+        ({"token_std": 0}, "token_std must be a number above 0; got 0"),
+        ({"token_std": "small"}, "token_std must be a number above 0; got 'small'"),
         ({"bgu_expansion": -1}, "bgu_expansion must be a whole number of at least 1; got -1"),
         (
             {"aggregation": "hubs"},

@@ -188,8 +188,8 @@ class INFNet(MultiTaskModel):
             check_positive(bgu_expansion=bgu_expansion)
         if cross_rank is not None:
             check_positive(cross_rank=cross_rank)
-        if token_std is not None and not token_std > 0:
-            raise ValueError(f"token_std must be above 0; got {token_std!r}")
+        if token_std is not None and not (isinstance(token_std, int | float) and token_std > 0):
+            raise ValueError(f"token_std must be a number above 0; got {token_std!r}")
         _check_heads_are_fed(use.aggregation, use.broadcast, gate_hubs, head_input, task_blind)
         self.tokens = FeatureTokens(
             feature_map, embedding_dim, behaviors, embedding_initializer, target_matches, target_attention
