@@ -189,6 +189,7 @@ CHANGES = {
     "behaviors": {"watch": ["watch_item", "watch_author"]},
     "embedding_dim": 12,
     "embedding_initializer": "partial(nn.init.normal_, std=0.1)",
+    "target_softmax": 0.1,
     "num_layers": 1,
     "num_heads": 1,
     "time_columns": TIME_COLUMNS,

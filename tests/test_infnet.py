@@ -488,6 +488,7 @@ def test_what_goes_beyond_the_paper_can_be_left_out_one_by_one():
 CHANGES = {
     "target_matches": True,
     "target_attention": [6],
+    "target_softmax": 0.1,
     "task": "regression",
     "behaviors": {"watch": ["watch_item", "watch_author"]},
     "embedding_dim": 12,

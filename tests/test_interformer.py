@@ -277,6 +277,7 @@ def test_non_embedding_parameters_of_the_default_model(categorical, columns, num
 CHANGES = {
     "target_matches": True,
     "target_attention": [6],
+    "target_softmax": 0.1,
     "behaviors": {"watch": ["watch_item", "watch_author"]},
     "embedding_dim": 12,
     "embedding_initializer": "partial(nn.init.normal_, std=0.1)",
@@ -390,6 +391,7 @@ def test_attention_maps_have_a_name_for_every_row_and_column(options):
         {"aggregation": "avg"},
         {"aggregation": "mlp"},
         {"field_map": "lce", "pma_reads_cls": False, "sequence_residual": False},
+        {"target_softmax": 0.1},
     ],
     ids=str,
 )
@@ -414,6 +416,9 @@ def test_forward_compiles_without_graph_breaks():
         ("InterFormer_kuairand_pure_window_extended{_no_reset}", "reset_embeddings", False),
         ("InterFormer_amazon_sports_din_ema{_no_attention}_holdout", "target_attention", None),
         ("InterFormer_amazon_sports_din_ema{_no_ema}_holdout", "ema_decay", None),
+        ("InterFormer_amazon_sports_din_softmax{_no_softmax}_holdout", "target_softmax", None),
+        ("InterFormer_amazon_sports_din_softmax{_no_attention}_holdout", "target_attention", None),
+        ("InterFormer_amazon_sports_din_softmax{_no_ema}_holdout", "ema_decay", None),
     ],
 )
 def test_what_goes_beyond_the_paper_can_be_left_out_one_by_one(expid, option, left_out):

@@ -350,7 +350,61 @@ def test_targets_are_the_categorical_fields_of_a_table_whoever_owns_it():
         assert torch.equal(found, matches)
 
 
-@pytest.mark.parametrize("option", [{"target_matches": True}, {"target_attention": [4]}])
+@pytest.mark.parametrize("padding", ["pre", "post"])
+def test_target_softmax_tells_a_target_from_the_others_of_the_batch(padding):
+    feature_map = toy_feature_map()
+    initializer = "partial(nn.init.normal_, std=1)"
+    tokens = layers.FeatureTokens(feature_map, D, BEHAVIORS, initializer, target_softmax=0.3)
+    batch = toy_batch(feature_map, rows=30, padding=padding)
+    batch["item"] = batch["item"] % 5 + 1  # some rows have one target
+    batch["author"] = torch.ones_like(batch["author"])
+    fields, _, _ = tokens(batch)
+    assert tokens.field_names == ["dense", "item", "author", "user", "histories and target"]
+    table = {name: embedding.weight for name, embedding in tokens.embedding.embedding_layers.items()}
+    users, items = [], []
+    for row in range(30):
+        parts = []
+        for columns in BEHAVIORS.values():
+            steps = [t for t in range(8) if any(batch[column][row, t] for column in columns)]
+            events = [torch.cat([table[c][batch[c][row, t]] for c in columns]) for t in steps]
+            nothing = torch.zeros(len(columns) * D)
+            parts += [sum(events, nothing) / max(len(events), 1), events[-1] if events else nothing]
+        user = tokens.towers.history.weight @ torch.cat(parts)
+        item = tokens.towers.target.weight @ torch.cat([table[name][batch[name][row]] for name in ("item", "author")])
+        users.append(user / user.norm() if user.norm() > 0 else user)
+        items.append(item / item.norm())
+    labels = [torch.arange(30)[:, None] % 3 == 0, torch.arange(30)[:, None] % 7 == 1, torch.zeros(30, 1)]
+    labels = [label.float() for label in labels]
+    labels[1][4] = torch.nan  # not known: no positive
+    expected = []
+    for label in labels:
+        positive = [row for row in range(30) if label[row] > 0.5]
+        losses = []
+        for i in positive:
+            others = [j for j in range(30) if j == i or batch["item"][j] != batch["item"][i]]
+            scores = torch.stack([users[i] @ items[j] / 0.1 for j in others])
+            losses.append(-scores.log_softmax(dim=0)[others.index(i)])
+        expected.append(sum(losses) / max(len(losses), 1))
+    for row in range(30):
+        token = tokens.towers.token.weight[:, 0] * (users[row] @ items[row] / 0.1) + tokens.towers.token.bias
+        torch.testing.assert_close(fields[row, -1], token, atol=1e-5, rtol=1e-5)
+    loss = tokens.target_loss(labels)
+    assert loss.item() == pytest.approx(0.3 * sum(expected).item() / 3, rel=1e-5)
+    loss.backward()
+    gradients = [p.grad for name, p in tokens.named_parameters() if "token" not in name and "user" not in name]
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+    assert tokens.target_loss(labels) == 0  # counted once
+    tokens.eval()(batch)
+    assert tokens.target_loss(labels) == 0
+
+
+@pytest.mark.parametrize("weight", [0, -0.1, "0.1", True])
+def test_target_softmax_is_a_weight(weight):
+    with pytest.raises(ValueError, match=f"target_softmax={weight!r} must be a weight above 0, such as 0.1"):
+        layers.FeatureTokens(toy_feature_map(), D, BEHAVIORS, target_softmax=weight)
+
+
+@pytest.mark.parametrize("option", [{"target_matches": True}, {"target_attention": [4]}, {"target_softmax": 0.1}])
 def test_the_target_needs_a_history_that_shares_a_table(option):
     feature_map = toy_feature_map()
     for spec in feature_map.features.values():

@@ -29,6 +29,7 @@ from flowctr.layers.ple import PLE
 from flowctr.layers.rope import rotate
 from flowctr.layers.scenarios import count_scenarios, own_scenario
 from flowctr.layers.tokens import FeatureTokens
+from flowctr.layers.towers import TargetTowers
 
 __all__ = [
     "PLE",
@@ -48,6 +49,7 @@ __all__ = [
     "MultiHeadAttention",
     "PerTokenLinear",
     "PersonalizedFFN",
+    "TargetTowers",
     "TaskHeads",
     "check_options",
     "check_positive",

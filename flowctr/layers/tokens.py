@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from flowctr.layers.masks import masked_mean, right_align
 from flowctr.layers.matches import MatchToken
+from flowctr.layers.towers import TargetTowers
 from fuxictr.features import FeatureMap
 from fuxictr.pytorch.layers import DIN_Attention, FeatureEmbeddingDict
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class FeatureTokens(nn.Module):
       match these fields, the target (`MatchToken`).
     * With ``target_attention``, such a behaviour also adds a token for each of these columns: its events, summed with
       the weights that DIN's attention gives them for the target (Zhou et al., "Deep interest network", 2018).
+    * With ``target_softmax``, all such behaviours together add a token of how well they fit the target, which learns by
+      `target_loss` too, from the targets of the other rows (`TargetTowers`).
 
     The tables live in FuxiCTR's ``FeatureEmbeddingDict``, which its ``embedding_regularizer`` looks for. A column
     whose own ``embedding_dim`` differs from the token width gets a linear map to it.
@@ -39,12 +42,13 @@ class FeatureTokens(nn.Module):
         target_matches: Whether to add the tokens of what matches the target.
         target_attention: Hidden units of DIN's attention for the target; none: no such tokens. Its activation, Dice,
             takes batch statistics from padded steps too, so the length of the batch has a small say while training.
+        target_softmax: Weight of `target_loss`; none: no such token.
 
     Raises:
         ValueError: If ``behaviors`` names a column that is not a sequence of the data set, names one twice, or aligns
             columns of different ``max_len``; if there is no field to make a token of; if a column shares the embedding
-            of one that does not exist; or if no sequence shares a field's, which ``target_matches`` and
-            ``target_attention`` need.
+            of one that does not exist; or if no sequence shares a field's, which all that compares with the target
+            needs.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class FeatureTokens(nn.Module):
         embedding_initializer: str = "partial(nn.init.normal_, std=1e-4)",
         target_matches: bool = False,
         target_attention: Sequence[int] | None = None,
+        target_softmax: float | None = None,
     ):
         super().__init__()
         specs = feature_map.features
@@ -81,7 +86,13 @@ class FeatureTokens(nn.Module):
         )
         if target_attention is not None:
             _check_units(target_attention)
-        wanted = {"target_matches": target_matches, "target_attention": target_attention is not None}
+        if target_softmax is not None:
+            _check_weight(target_softmax)
+        wanted = {
+            "target_matches": target_matches,
+            "target_attention": target_attention is not None,
+            "target_softmax": target_softmax is not None,
+        }
         self.targets = self._targets(feature_map) if any(wanted.values()) else {}
         if any(wanted.values()) and not self.targets:
             raise ValueError(
@@ -95,6 +106,10 @@ class FeatureTokens(nn.Module):
             self.attentions = nn.ModuleList(
                 DIN_Attention(size * dim, list(target_attention), "Dice", use_softmax=True) for size in sizes
             )
+        self.target_softmax, self.towers = target_softmax, None
+        if target_softmax is not None:
+            self.towers = TargetTowers(2 * sum(sizes) * dim, len(self.target_fields) * dim, dim)
+        self._compared: tuple[Tensor, Tensor, Tensor] | None = None  # by the towers in the last forward of a training
         self.rare_ids = {
             name: specs[name].get("oov_idx", specs[name]["vocab_size"] - 1)
             for own in self.targets.values()
@@ -116,7 +131,14 @@ class FeatureTokens(nn.Module):
             names = names + [f"{behavior} matches" for behavior in self.targets]
         if self.attentions is not None:
             names = names + [f"{column} attended to" for own in self.targets.values() for column in own]
+        if self.towers is not None:
+            names = [*names, "histories and target"]
         return names
+
+    @property
+    def target_fields(self) -> list[str]:
+        """Names of the fields that are the target: those whose tables a behaviour shares."""
+        return list(dict.fromkeys(field for own in self.targets.values() for field in own.values()))
 
     def _targets(self, feature_map: FeatureMap) -> dict[str, dict[str, str]]:
         """Finds, for each behaviour, the columns that share a categorical field's table, and the first such field."""
@@ -154,10 +176,16 @@ class FeatureTokens(nn.Module):
             tokens.insert(0, self.dense(values.to(self.dense.weight.dtype)))
         for behavior, match in zip(self.targets, self.matches or ()):
             tokens.append(match(self._matches(behavior, aligned, inputs), masks[behavior]))
-        for (behavior, own), attention in zip(self.targets.items(), self.attentions or ()):
+        histories = {
+            behavior: torch.cat([embedded[column] for column in own], dim=-1) * masks[behavior].unsqueeze(-1)
+            for behavior, own in (self.targets.items() if self.attentions or self.towers else ())
+        }  # (B, T, columns of the target * D)
+        for behavior, attention in zip(histories, self.attentions or ()):
+            own = self.targets[behavior]
             target = torch.cat([embedded[field] for field in own.values()], dim=-1)  # (B, columns * D)
-            history = torch.cat([embedded[column] for column in own], dim=-1) * masks[behavior].unsqueeze(-1)
-            tokens += attention(target, history, masks[behavior]).chunk(len(own), dim=-1)
+            tokens += attention(target, histories[behavior], masks[behavior]).chunk(len(own), dim=-1)
+        if self.towers is not None:
+            tokens.append(self._compare(histories, masks, embedded, inputs))
         return torch.stack(tokens, dim=1), events, masks
 
     def _matches(self, behavior: str, aligned: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
@@ -168,6 +196,33 @@ class FeatureTokens(nn.Module):
             known = (target != 0) & (target != self.rare_ids[field])  # which stands for all that are rare
             matches.append((aligned[column] == target) & known)
         return torch.stack(matches, dim=-1)
+
+    def _compare(
+        self,
+        histories: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        embedded: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Makes the towers' token, ``(B, D)``, of each history's mean and latest event and of the target."""
+        parts = [part for b, x in histories.items() for part in (masked_mean(x, masks[b]), x[:, -1])]
+        target = torch.cat([embedded[field] for field in self.target_fields], dim=-1)
+        token, u, v = self.towers(torch.cat(parts, dim=-1), target)
+        if self.training:
+            self._compared = u, v, torch.stack([inputs[field].flatten() for field in self.target_fields], dim=1)
+        return token
+
+    def target_loss(self, labels: Sequence[Tensor]) -> Tensor | float:
+        """Computes the weighted loss of the towers for the batch of the last forward, once; 0 without towers.
+
+        Args:
+            labels: Labels of the batch, ``(B, 1)`` each; above one half is positive. The loss is the mean of theirs.
+        """
+        if self._compared is None:
+            return 0.0
+        compared, self._compared = self._compared, None  # not kept longer than the step
+        losses = [self.towers.loss(*compared, positive=label.flatten() > 0.5) for label in labels]
+        return self.target_softmax * sum(losses) / len(losses)
 
     def append_pooled(self, fields: Tensor, events: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
         """Appends the mean of every sequence column's real events to the field tokens, ``(B, N + columns, D)``."""
@@ -192,6 +247,11 @@ def _check_units(target_attention: Sequence[int]) -> None:
             f"target_attention={target_attention!r} must list the hidden units of its network, such as [32]; null "
             "turns it off"
         )
+
+
+def _check_weight(target_softmax: float) -> None:
+    if isinstance(target_softmax, bool) or not isinstance(target_softmax, int | float) or not target_softmax > 0:
+        raise ValueError(f"target_softmax={target_softmax!r} must be a weight above 0, such as 0.1; null turns it off")
 
 
 def _check_behaviors(feature_map: FeatureMap, behaviors: Mapping[str, Sequence[str]] | None) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ Differs from the paper and its code:
     paper's bias; events use it too.
   * Weights are divided by the data set's length; the code divides by that of the batch, which padding changes.
   * Stochastic length and the fused kernels, which are about cost, are left out.
+  * ``target_softmax`` adds a loss over the targets of the batch, and a field token of it; off by default.
 """
 
 import torch
@@ -32,6 +33,8 @@ class HSTU(MultiTaskModel):
         behaviors: Behaviour name -> aligned sequence columns; none: every sequence column by itself.
         embedding_dim: Token width D.
         embedding_initializer: FuxiCTR's initialiser of the embedding tables.
+        target_softmax: Weight of a loss that tells a row's target from the others of the batch by the histories, with a
+            field token of its own (see ``flowctr.layers.TargetTowers``); none: neither.
         num_layers: Layers L.
         num_heads: Attention heads; must divide ``embedding_dim``.
         time_columns: Columns that hold the bucketised time from an event to the exposure, one of each behaviour; none:
@@ -60,6 +63,7 @@ class HSTU(MultiTaskModel):
         behaviors=None,
         embedding_dim=64,
         embedding_initializer="partial(nn.init.normal_, std=1e-4)",
+        target_softmax=None,
         num_layers=2,
         num_heads=2,
         time_columns=(),
@@ -80,7 +84,9 @@ class HSTU(MultiTaskModel):
             raise ValueError(
                 f"num_heads must divide embedding_dim; got num_heads={num_heads}, embedding_dim={embedding_dim}"
             )
-        self.tokens = FeatureTokens(feature_map, embedding_dim, behaviors, embedding_initializer)
+        self.tokens = FeatureTokens(
+            feature_map, embedding_dim, behaviors, embedding_initializer, target_softmax=target_softmax
+        )
         self.time_places = _time_places(self.tokens.behaviors, time_columns)
         self.events = nn.ModuleList(
             nn.Linear(len(columns) * embedding_dim, embedding_dim) for columns in self.tokens.behaviors.values()
@@ -115,6 +121,10 @@ class HSTU(MultiTaskModel):
             x = layer(x, distances, real, gaps)
         target = self.layers[-1](x, distances[-1:], real, gaps)  # (B, 1, D)
         return self.heads(self.norm(target).squeeze(1))
+
+    def add_loss(self, return_dict, y_true):
+        """Adds the losses of the labels and, with ``target_softmax``, of the target among those of the batch."""
+        return super().add_loss(return_dict, y_true) + self.tokens.target_loss(y_true)
 
     def tokenize(self, inputs):
         """Builds the sequence: every behaviour's events one after another, the target last.

@@ -13,8 +13,9 @@ Differs from the papers:
   * The last block builds only what the head reads; attention over a single token is that token's value.
   * Options beyond the papers, off by default: ``head_input: all`` lets the heads read the field and sequence hubs
     beside their token; ``target_matches`` gives the fields a token of how each behaviour's events match the target,
-    ``target_attention`` tokens of the events that DIN's attention picks for it; ``cross_rank`` lets the heads read
-    a cross of DCNv2 over all field tokens and a summary of each behaviour as well.
+    ``target_attention`` tokens of the events that DIN's attention picks for it, ``target_softmax`` a token and a loss
+    of how histories fit the target and the other targets of the batch; ``cross_rank`` lets the heads read a cross of
+    DCNv2 over all field tokens and a summary of each behaviour as well.
 """
 
 import warnings
@@ -78,6 +79,8 @@ class INFNet(MultiTaskModel):
         target_matches: Whether the fields get a token of how each behaviour's events match the target.
         target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields; none: no
             such tokens.
+        target_softmax: Weight of a loss that tells a row's target from the others of the batch by the histories, with a
+            token of its own (see ``flowctr.layers.TargetTowers``); none: neither.
         version: Preset ``v1`` or ``v2``: the default of each option below that is None.
         num_blocks: Blocks N.
         num_heads: Attention heads; must divide ``embedding_dim``.
@@ -127,6 +130,7 @@ class INFNet(MultiTaskModel):
         embedding_initializer="partial(nn.init.normal_, std=1e-4)",
         target_matches=False,
         target_attention=None,
+        target_softmax=None,
         version="v2",
         num_blocks=3,
         num_heads=1,
@@ -192,7 +196,13 @@ class INFNet(MultiTaskModel):
             raise ValueError(f"token_std must be a number above 0; got {token_std!r}")
         _check_heads_are_fed(use.aggregation, use.broadcast, gate_hubs, head_input, task_blind)
         self.tokens = FeatureTokens(
-            feature_map, embedding_dim, behaviors, embedding_initializer, target_matches, target_attention
+            feature_map,
+            embedding_dim,
+            behaviors,
+            embedding_initializer,
+            target_matches,
+            target_attention,
+            target_softmax,
         )
         self.task_blind, self.head_input = task_blind, head_input
         self.reads_hubs = task_blind or head_input == "all" or use.aggregation == "none"  # those of fields and events
@@ -312,6 +322,10 @@ class INFNet(MultiTaskModel):
         if self.head_input == "hub":
             del streams["token"]
         return torch.cat(list(streams.values()), dim=-1)
+
+    def add_loss(self, return_dict, y_true):
+        """Adds the losses of the labels and, with ``target_softmax``, of the target among those of the batch."""
+        return super().add_loss(return_dict, y_true) + self.tokens.target_loss(y_true)
 
     @torch.no_grad()
     def attention_maps(self, inputs):

@@ -12,7 +12,8 @@ Differs from the paper:
   * MaskNet's mask starts at one (its output bias), so that the sequence has a signal at FuxiCTR's embedding scale.
   * Several labels get one head each on the same summaries; the paper predicts one.
   * ``target_matches`` gives the fields a token of how each behaviour's events match the target, ``target_attention``
-    tokens of the events that DIN's attention picks for it; off by default.
+    tokens of the events that DIN's attention picks for it, ``target_softmax`` a token and a loss of how histories fit
+    the target and the other targets of the batch; off by default.
   * Histories of several behaviours are aligned at their most recent event before they are concatenated per step.
 """
 
@@ -60,6 +61,8 @@ class InterFormer(MultiTaskModel):
         target_matches: Whether the fields get a token of how each behaviour's events match the target.
         target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields; none: no
             such tokens.
+        target_softmax: Weight of a loss that tells a row's target from the others of the batch by the histories, with a
+            token of its own (see ``flowctr.layers.TargetTowers``); none: neither.
         num_layers: Layers L.
         num_cls: CLS tokens; they are the summary X_sum, so this is n_sum as well.
         num_pma: Tokens pooled by multi-head attention.
@@ -105,6 +108,7 @@ class InterFormer(MultiTaskModel):
         embedding_initializer="partial(nn.init.normal_, std=1e-4)",
         target_matches=False,
         target_attention=None,
+        target_softmax=None,
         num_layers=3,
         num_cls=4,
         num_pma=2,
@@ -158,7 +162,13 @@ class InterFormer(MultiTaskModel):
                 f"got embedding_dim={embedding_dim}, num_heads={num_heads}"
             )
         self.tokens = FeatureTokens(
-            feature_map, embedding_dim, behaviors, embedding_initializer, target_matches, target_attention
+            feature_map,
+            embedding_dim,
+            behaviors,
+            embedding_initializer,
+            target_matches,
+            target_attention,
+            target_softmax,
         )
         if not self.tokens.behaviors:
             raise ValueError(f"InterFormer needs a sequence feature; data set {feature_map.dataset_id!r} has none")
@@ -264,6 +274,10 @@ class InterFormer(MultiTaskModel):
         s = torch.cat([cls, s], dim=1)
         mask = nn.functional.pad(mask, (self.num_cls, 0), value=True)
         return s, mask, mask.long().cumsum(dim=1) - 1
+
+    def add_loss(self, return_dict, y_true):
+        """Adds the losses of the labels and, with ``target_softmax``, of the target among those of the batch."""
+        return super().add_loss(return_dict, y_true) + self.tokens.target_loss(y_true)
 
     @torch.no_grad()
     def attention_maps(self, inputs):
