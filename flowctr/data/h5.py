@@ -1,5 +1,6 @@
 """Batches from an h5 data set: gathered whole from memory or on the GPU, or streamed within bounded memory."""
 
+import functools
 import json
 import logging
 import math
@@ -330,7 +331,7 @@ class H5DataLoader:
 
     def _sent(self, batches: Iterable[_Packed]) -> Iterator[tuple[_Packed, torch.cuda.Event]]:
         """Starts the copy of each batch to the GPU; the event is its arrival."""
-        stream = torch.cuda.Stream(self.device)
+        stream = _copying_stream(self.device)
         for buffers, length in batches:
             with torch.cuda.stream(stream):
                 copies = {
@@ -470,6 +471,16 @@ class H5DataLoader:
                         raise ValueError(f"{file.filename}: column {name!r}, row {start + row}: {complaint}")
             if values is not target:
                 target[...] = values
+
+
+@functools.cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """Gives the one stream on which all loaders copy to a device.
+
+    torch deals out the same 32 streams in turn. If each epoch and evaluation took a new one, that of the 17th epoch
+    would be the one on which training steps are captured, and a copy there spoils a capture.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _prefetch(batches):
