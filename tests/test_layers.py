@@ -386,7 +386,7 @@ def test_target_softmax_tells_a_target_from_the_others_of_the_batch(padding):
             losses.append(-scores.log_softmax(dim=0)[others.index(i)])
         expected.append(sum(losses) / max(len(losses), 1))
     for row in range(30):
-        token = tokens.towers.token.weight[:, 0] * (users[row] @ items[row] / 0.1) + tokens.towers.token.bias
+        token = tokens.towers.token.weight[:, 0] * (users[row] @ items[row]) + tokens.towers.token.bias
         torch.testing.assert_close(fields[row, -1], token, atol=1e-5, rtol=1e-5)
     loss = tokens.target_loss(labels)
     assert loss.item() == pytest.approx(0.3 * sum(expected).item() / 3, rel=1e-5)

@@ -10,9 +10,9 @@ SMALLEST_NORM = 1e-6  # of a vector that is normalised: a row without events has
 class TargetTowers(nn.Module):
     """A token of how well histories h and target v fit, and the loss that teaches it: a softmax over the batch.
 
-    s_ij = cos(W_h h_i, W_v v_j) / tau
+    s_ij = cos(W_h h_i, W_v v_j)
     token_i = Linear(s_ii)
-    loss = -mean over i with a positive label of log(exp(s_ii) / sum_j exp(s_ij))
+    loss = -mean over i with a positive label of log(exp(s_ii / tau) / sum_j exp(s_ij / tau))
 
     j are all rows of the batch but those that have the very target of row i. So each positive row teaches by thousands
     of targets, not by one label. In-batch negatives: Yi et al., "Sampling-bias-corrected neural modeling for large
@@ -44,7 +44,7 @@ class TargetTowers(nn.Module):
         """
         u = nn.functional.normalize(self.history(history), dim=-1, eps=SMALLEST_NORM)
         v = nn.functional.normalize(self.target(target), dim=-1, eps=SMALLEST_NORM)
-        return self.token((u * v).sum(dim=-1, keepdim=True) / TEMPERATURE), u, v
+        return self.token((u * v).sum(dim=-1, keepdim=True)), u, v
 
     @staticmethod
     def loss(u: Tensor, v: Tensor, ids: Tensor, positive: Tensor) -> Tensor:
