@@ -64,6 +64,29 @@ def test_the_loss_reaches_every_parameter(name, labels):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_target_softmax_joins_the_losses_of_the_labels():
+    """And not those of an evaluation: what is kept for the loss belongs to one step."""
+    having = []
+    for name in MODELS:
+        model_class = getattr(importlib.import_module(f"flowctr.models.{name}"), name)
+        if "target_softmax" not in inspect.signature(model_class.__init__).parameters:
+            continue
+        having.append(name)
+        labels = LABELS["three labels"]
+        batch = toy_batch(toy_feature_map(labels), rows=64)
+        model = build(name, labels, target_softmax=0.5, net_dropout=0.0).train()
+        truth = model.get_labels(batch)
+        outputs = model(batch)
+        both = model.add_loss(outputs, truth)
+        of_labels = model.add_loss(outputs, truth)  # the other has been counted
+        model(batch)
+        of_target = model.tokens.target_loss(truth)
+        assert of_target > 0.1
+        torch.testing.assert_close(both, of_labels + of_target)
+        torch.testing.assert_close(model.add_loss(model.eval()(batch), truth), of_labels)
+    assert {"HSTU", "INFNet", "InterFormer"} <= set(having)
+
+
 def test_padding_does_not_matter(name):
     model = build(name).eval()
     reference = model(toy_batch(toy_feature_map(), padding="post"))["y_pred"]
