@@ -275,10 +275,18 @@ class FakeStream:
         self.waited = [*getattr(self, "waited", []), event]
 
 
+@pytest.fixture
+def new_copying_stream():
+    """Lets loaders make the stream that they share, and forgets it."""
+    h5._copying_stream.cache_clear()
+    yield
+    h5._copying_stream.cache_clear()
+
+
+@pytest.mark.usefixtures("new_copying_stream")
 def test_batches_are_copied_ahead_and_waited_for(folder, monkeypatch):
     """Each batch is waited for when it is handed out, and its memory kept for the stream that uses it."""
     current, kept = FakeStream(), []
-    h5._copying_stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
@@ -293,18 +301,17 @@ def test_batches_are_copied_ahead_and_waited_for(folder, monkeypatch):
     assert kept == [(torch.int32, current), (torch.float32, current)] * 11
 
 
+@pytest.mark.usefixtures("new_copying_stream")
 def test_all_epochs_of_all_loaders_copy_on_one_stream(folder, monkeypatch):
     """A GPU has 32 streams for everyone: with one for each epoch, a copy meets the stream of a capture."""
     made = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(FakeStream()) or made[-1])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    h5._copying_stream.cache_clear()
     for split in ("train", "valid"):
         loader = H5DataLoader(make_feature_map(folder), folder / "train", split=split, batch_size=500)
         for epoch in range(3):
             assert len(list(loader._sent(loader._packed(np.random.default_rng([0, epoch]), first_row=0)))) == 2
     assert len(made) == 1 and made[0].events == 12
-    h5._copying_stream.cache_clear()
 
 
 @pytest.mark.parametrize("options", [{"num_workers": 1}, {"streaming": True, "shuffle": True}])

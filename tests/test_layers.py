@@ -356,8 +356,7 @@ def test_target_softmax_tells_a_target_from_the_others_of_the_batch(padding):
     initializer = "partial(nn.init.normal_, std=1)"
     tokens = layers.FeatureTokens(feature_map, D, BEHAVIORS, initializer, target_softmax=0.3)
     batch = toy_batch(feature_map, rows=30, padding=padding)
-    batch["item"] = batch["item"] % 5 + 1  # some rows have one target
-    batch["author"] = torch.ones_like(batch["author"])
+    batch["item"], batch["author"] = batch["item"] % 3 + 1, batch["author"] % 2 + 1  # some rows share target or item
     fields, _, _ = tokens(batch)
     assert tokens.field_names == ["dense", "item", "author", "user", "histories and target"]
     table = {name: embedding.weight for name, embedding in tokens.embedding.embedding_layers.items()}
@@ -373,32 +372,47 @@ def test_target_softmax_tells_a_target_from_the_others_of_the_batch(padding):
         item = tokens.towers.target.weight @ torch.cat([table[name][batch[name][row]] for name in ("item", "author")])
         users.append(user / user.norm() if user.norm() > 0 else user)
         items.append(item / item.norm())
-    labels = [torch.arange(30)[:, None] % 3 == 0, torch.arange(30)[:, None] % 7 == 1, torch.zeros(30, 1)]
-    labels = [label.float() for label in labels]
-    labels[1][4] = torch.nan  # not known: no positive
-    expected = []
-    for label in labels:
-        positive = [row for row in range(30) if label[row] > 0.5]
-        losses = []
-        for i in positive:
-            others = [j for j in range(30) if j == i or batch["item"][j] != batch["item"][i]]
-            scores = torch.stack([users[i] @ items[j] / 0.1 for j in others])
-            losses.append(-scores.log_softmax(dim=0)[others.index(i)])
-        expected.append(sum(losses) / max(len(losses), 1))
-    for row in range(30):
         token = tokens.towers.token.weight[:, 0] * (users[row] @ items[row]) + tokens.towers.token.bias
         torch.testing.assert_close(fields[row, -1], token, atol=1e-5, rtol=1e-5)
-    loss = tokens.target_loss(labels)
-    assert loss.item() == pytest.approx(0.3 * sum(expected).item() / 3, rel=1e-5)
-    loss.backward()
-    gradients = [p.grad for name, p in tokens.named_parameters() if "token" not in name and "user" not in name]
-    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
-    assert tokens.target_loss(labels) == 0  # counted once
+    labels = [torch.tensor([[cut > k % 4] for k in range(30)]).float() for cut in (1, 2, 0)]
+    labels[0][3], labels[1][0], labels[1][1] = 0.4, 0.6, torch.nan  # one half divides; what is not known is no positive
+    expected = []
+    for label in labels:
+        losses = []
+        for i in range(30):
+            if label[i] > 0.5:
+                same = [
+                    batch["item"][j] == batch["item"][i] and batch["author"][j] == batch["author"][i] for j in range(30)
+                ]
+                others = [j for j in range(30) if j == i or not same[j]]
+                scores = torch.stack([users[i] @ items[j] / 0.1 for j in others])
+                losses.append(-scores.log_softmax(dim=0)[others.index(i)])
+        expected.append(sum(losses) / max(len(losses), 1))
+    outputs = tokens.take_compared()
+    loss, expected = tokens.target_loss(outputs, labels), 0.3 * sum(expected) / 3
+    torch.testing.assert_close(loss, expected)
+    learning = [table[c] for c in ("item", "author")] + [tokens.towers.history.weight, tokens.towers.target.weight]
+    gradients = torch.autograd.grad(loss, learning)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected, learning)):
+        torch.testing.assert_close(gradient, reference)
+        assert gradient.abs().max() > 1e-3
+    assert tokens.take_compared() == {}  # handed over once
     tokens.eval()(batch)
-    assert tokens.target_loss(labels) == 0
+    assert tokens.take_compared() == {} and tokens.target_loss({}, labels) == 0
 
 
-@pytest.mark.parametrize("weight", [0, -0.1, "0.1", True])
+def test_target_softmax_is_as_exact_as_float32_under_autocast():
+    feature_map = toy_feature_map()
+    initializer = "partial(nn.init.normal_, std=1)"
+    tokens = layers.FeatureTokens(feature_map, D, BEHAVIORS, initializer, target_softmax=0.3).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens(toy_batch(feature_map))
+    u, v, _ = tokens.take_compared()["compared"]
+    assert u.dtype == v.dtype == torch.float32
+    torch.testing.assert_close(v.norm(dim=1), torch.ones(len(v), dtype=v.dtype))
+
+
+@pytest.mark.parametrize("weight", [0, -0.1, "0.1", True, math.inf])
 def test_target_softmax_is_a_weight(weight):
     with pytest.raises(ValueError, match=f"target_softmax={weight!r} must be a weight above 0, such as 0.1"):
         layers.FeatureTokens(toy_feature_map(), D, BEHAVIORS, target_softmax=weight)

@@ -1,8 +1,10 @@
 """From a FuxiCTR batch to field tokens and behaviour events; the only layer that knows FuxiCTR's FeatureMap."""
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from flowctr.layers.masks import masked_mean, right_align
@@ -109,7 +111,7 @@ class FeatureTokens(nn.Module):
         self.target_softmax, self.towers = target_softmax, None
         if target_softmax is not None:
             self.towers = TargetTowers(2 * sum(sizes) * dim, len(self.target_fields) * dim, dim)
-        self._compared: tuple[Tensor, Tensor, Tensor] | None = None  # by the towers in the last forward of a training
+        self._compared: tuple[Tensor, Tensor, Tensor] | None = None  # by the towers, until the model takes it
         self.rare_ids = {
             name: specs[name].get("oov_idx", specs[name]["vocab_size"] - 1)
             for own in self.targets.values()
@@ -178,7 +180,8 @@ class FeatureTokens(nn.Module):
             tokens.append(match(self._matches(behavior, aligned, inputs), masks[behavior]))
         histories = {
             behavior: torch.cat([embedded[column] for column in own], dim=-1) * masks[behavior].unsqueeze(-1)
-            for behavior, own in (self.targets.items() if self.attentions or self.towers else ())
+            for behavior, own in self.targets.items()
+            if self.attentions is not None or self.towers is not None
         }  # (B, T, columns of the target * D)
         for behavior, attention in zip(histories, self.attentions or ()):
             own = self.targets[behavior]
@@ -208,21 +211,39 @@ class FeatureTokens(nn.Module):
         parts = [part for b, x in histories.items() for part in (masked_mean(x, masks[b]), x[:, -1])]
         target = torch.cat([embedded[field] for field in self.target_fields], dim=-1)
         token, u, v = self.towers(torch.cat(parts, dim=-1), target)
-        if self.training:
+        if self.training:  # what evaluates needs no loss
             self._compared = u, v, torch.stack([inputs[field].flatten() for field in self.target_fields], dim=1)
         return token
 
-    def target_loss(self, labels: Sequence[Tensor]) -> Tensor | float:
-        """Computes the weighted loss of the towers for the batch of the last forward, once; 0 without towers.
+    def take_compared(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Hands over what `target_loss` needs of the last forward, for the model to put among its own outputs.
+
+        Returns:
+            ``{"compared": ...}``; empty without towers, and while evaluating.
+        """
+        compared, self._compared = self._compared, None
+        return {} if compared is None else {"compared": compared}
+
+    def target_loss(self, outputs: Mapping[str, Any], labels: Sequence[Tensor]) -> Tensor | float:
+        """Computes the towers' loss, weighted by ``target_softmax``: the mean over the labels, whatever their weights.
+
+        That of a label is the mean over the rows where it is positive, above one half, and 0 if there are none. A part
+        of a batch (``gradient_accumulation``, several processes) is a batch of its own.
 
         Args:
-            labels: Labels of the batch, ``(B, 1)`` each; above one half is positive. The loss is the mean of theirs.
+            outputs: The model's outputs, with what `take_compared` gave.
+            labels: Labels of the batch, ``(B, 1)`` each.
+
+        Returns:
+            The loss; 0 if there is nothing to compute it of.
         """
-        if self._compared is None:
+        if "compared" not in outputs:
             return 0.0
-        compared, self._compared = self._compared, None  # not kept longer than the step
-        losses = [self.towers.loss(*compared, positive=label.flatten() > 0.5) for label in labels]
-        return self.target_softmax * sum(losses) / len(losses)
+        losses = self.towers.losses(*outputs["compared"])  # (B,)
+        positives = [label.flatten() > 0.5 for label in labels]
+        # Whole rows are left out by zeros: how many are positive, only the device knows.
+        means = [torch.where(p, losses, 0).sum() / p.sum().clamp(min=1) for p in positives]
+        return self.target_softmax * sum(means) / len(means)
 
     def append_pooled(self, fields: Tensor, events: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
         """Appends the mean of every sequence column's real events to the field tokens, ``(B, N + columns, D)``."""
@@ -250,7 +271,8 @@ def _check_units(target_attention: Sequence[int]) -> None:
 
 
 def _check_weight(target_softmax: float) -> None:
-    if isinstance(target_softmax, bool) or not isinstance(target_softmax, int | float) or not target_softmax > 0:
+    is_number = isinstance(target_softmax, int | float) and not isinstance(target_softmax, bool)
+    if not (is_number and 0 < target_softmax < math.inf):
         raise ValueError(f"target_softmax={target_softmax!r} must be a weight above 0, such as 0.1; null turns it off")
 
 

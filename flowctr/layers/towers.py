@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 TEMPERATURE = 0.1
-SMALLEST_NORM = 1e-6  # of a vector that is normalised: a row without events has none, and no steep gradient
+SMALLEST_NORM = 1e-6  # what a row without events, whose vector is zero, is divided by
 
 
 class TargetTowers(nn.Module):
@@ -12,12 +12,13 @@ class TargetTowers(nn.Module):
 
     s_ij = cos(W_h h_i, W_v v_j)
     token_i = Linear(s_ii)
-    loss = -mean over i with a positive label of log(exp(s_ii / tau) / sum_j exp(s_ij / tau))
+    loss_i = -log(exp(s_ii / tau) / sum_j exp(s_ij / tau))
 
-    j are all rows of the batch but those that have the very target of row i. So each positive row teaches by thousands
-    of targets, not by one label. In-batch negatives: Yi et al., "Sampling-bias-corrected neural modeling for large
-    corpus item recommendations", RecSys 2019, https://doi.org/10.1145/3298689.3346996. Their correction for frequent
-    targets, which are negatives more often, is left out: how frequent a target is, the other tokens tell.
+    j are row i and all rows of the batch with another target, whatever their labels; `loss_i` counts where the label of
+    row i is positive. So a positive row teaches by as many targets as the batch has. In-batch negatives: Yi et al.,
+    "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys 2019,
+    https://doi.org/10.1145/3298689.3346996. Their correction for frequent targets, which are negatives more often, is
+    left out: how frequent a target is, the other tokens tell. The loss takes time and memory by the square of the rows.
 
     Args:
         history_dim: Width of the histories' representation h.
@@ -40,24 +41,26 @@ class TargetTowers(nn.Module):
             target: ``(B, target_dim)``.
 
         Returns:
-            The token ``(B, D)`` and, for `loss`, both vectors of length one ``(B, D)``.
+            The token ``(B, D)`` and, for `losses`, both vectors of length one ``(B, D)``.
         """
-        u = nn.functional.normalize(self.history(history), dim=-1, eps=SMALLEST_NORM)
-        v = nn.functional.normalize(self.target(target), dim=-1, eps=SMALLEST_NORM)
+        u, v = _unit(self.history(history)), _unit(self.target(target))
         return self.token((u * v).sum(dim=-1, keepdim=True)), u, v
 
     @staticmethod
-    def loss(u: Tensor, v: Tensor, ids: Tensor, positive: Tensor) -> Tensor:
-        """Computes the loss of one label; 0 if no row is positive.
+    def losses(u: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        """Computes the loss of each row, ``(B,)``.
 
         Args:
             u: Histories' vectors of length one, ``(B, D)``.
             v: Targets' vectors of length one, ``(B, D)``.
-            ids: What says which target a row has, ``(B, fields)``.
-            positive: Rows with a positive label, ``(B,)``.
+            ids: What says which target a row has, ``(B, fields)``; ids that stand for all that is rare are one target.
         """
         same = (ids.unsqueeze(1) == ids).all(dim=-1)  # (B, B)
         same.fill_diagonal_(False)
-        scores = u.float() @ v.float().T / TEMPERATURE  # (B, B)
-        losses = scores.masked_fill(same, -torch.inf).logsumexp(dim=1) - scores.diagonal()
-        return torch.where(positive, losses, 0).sum() / positive.sum().clamp(min=1)
+        scores = u @ v.T / TEMPERATURE  # (B, B)
+        return scores.masked_fill(same, -torch.inf).logsumexp(dim=1) - scores.diagonal()
+
+
+def _unit(x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast: 8 bits would not give a length of one
+    return nn.functional.normalize(wide, dim=-1, eps=SMALLEST_NORM)

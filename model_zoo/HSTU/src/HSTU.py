@@ -33,8 +33,8 @@ class HSTU(MultiTaskModel):
         behaviors: Behaviour name -> aligned sequence columns; none: every sequence column by itself.
         embedding_dim: Token width D.
         embedding_initializer: FuxiCTR's initialiser of the embedding tables.
-        target_softmax: Weight of a loss that tells a row's target from the others of the batch by the histories, with a
-            field token of its own (see ``flowctr.layers.TargetTowers``); none: neither.
+        target_softmax: Weight of a loss that, where a binary label is positive, tells the target from the others of the
+            batch by the histories, with a field token of its own (see ``flowctr.layers.TargetTowers``); none: neither.
         num_layers: Layers L.
         num_heads: Attention heads; must divide ``embedding_dim``.
         time_columns: Columns that hold the bucketised time from an event to the exposure, one of each behaviour; none:
@@ -120,11 +120,11 @@ class HSTU(MultiTaskModel):
         for layer in self.layers[:-1]:
             x = layer(x, distances, real, gaps)
         target = self.layers[-1](x, distances[-1:], real, gaps)  # (B, 1, D)
-        return self.heads(self.norm(target).squeeze(1))
+        return self.heads(self.norm(target).squeeze(1)) | self.tokens.take_compared()
 
     def add_loss(self, return_dict, y_true):
         """Adds the losses of the labels and, with ``target_softmax``, of the target among those of the batch."""
-        return super().add_loss(return_dict, y_true) + self.tokens.target_loss(y_true)
+        return super().add_loss(return_dict, y_true) + self.tokens.target_loss(return_dict, y_true)
 
     def tokenize(self, inputs):
         """Builds the sequence: every behaviour's events one after another, the target last.

@@ -79,8 +79,8 @@ class INFNet(MultiTaskModel):
         target_matches: Whether the fields get a token of how each behaviour's events match the target.
         target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields; none: no
             such tokens.
-        target_softmax: Weight of a loss that tells a row's target from the others of the batch by the histories, with a
-            token of its own (see ``flowctr.layers.TargetTowers``); none: neither.
+        target_softmax: Weight of a loss that, where a binary label is positive, tells the target from the others of the
+            batch by the histories, with a token of its own (see ``flowctr.layers.TargetTowers``); none: neither.
         version: Preset ``v1`` or ``v2``: the default of each option below that is None.
         num_blocks: Blocks N.
         num_heads: Attention heads; must divide ``embedding_dim``.
@@ -289,7 +289,7 @@ class INFNet(MultiTaskModel):
         if self.crosses is not None:
             crossed = self.crosses(fields, events)  # of what the blocks start with
             x = torch.cat([x, crossed.unsqueeze(1).expand(-1, x.shape[1], -1) if x.dim() == 3 else crossed], dim=-1)
-        return self.heads(x)
+        return self.heads(x) | self.tokens.take_compared()
 
     def tokenize(self, inputs):
         """Builds the token groups.
@@ -325,7 +325,7 @@ class INFNet(MultiTaskModel):
 
     def add_loss(self, return_dict, y_true):
         """Adds the losses of the labels and, with ``target_softmax``, of the target among those of the batch."""
-        return super().add_loss(return_dict, y_true) + self.tokens.target_loss(y_true)
+        return super().add_loss(return_dict, y_true) + self.tokens.target_loss(return_dict, y_true)
 
     @torch.no_grad()
     def attention_maps(self, inputs):

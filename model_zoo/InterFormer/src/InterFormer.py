@@ -61,8 +61,8 @@ class InterFormer(MultiTaskModel):
         target_matches: Whether the fields get a token of how each behaviour's events match the target.
         target_attention: Hidden units of DIN's attention, whose sums of events for the target join the fields; none: no
             such tokens.
-        target_softmax: Weight of a loss that tells a row's target from the others of the batch by the histories, with a
-            token of its own (see ``flowctr.layers.TargetTowers``); none: neither.
+        target_softmax: Weight of a loss that, where a binary label is positive, tells the target from the others of the
+            batch by the histories, with a token of its own (see ``flowctr.layers.TargetTowers``); none: neither.
         num_layers: Layers L.
         num_cls: CLS tokens; they are the summary X_sum, so this is n_sum as well.
         num_pma: Tokens pooled by multi-head attention.
@@ -246,7 +246,7 @@ class InterFormer(MultiTaskModel):
             x, s = self.interaction_archs[layer](x, s_sum), self.sequence_archs[layer](s, x_sum, mask, positions)
             x_sum = self.field_summaries[layer + 1](x)
             s_sum = self.sequence_summaries[layer + 1](s, mask)
-        return self.heads(torch.cat([x_sum, s_sum], dim=1).flatten(1))
+        return self.heads(torch.cat([x_sum, s_sum], dim=1).flatten(1)) | self.tokens.take_compared()
 
     def forward_sole(self, inputs):
         """Flow ``sole``: the Interaction Arch alone, on the fields and the mean of every sequence column."""
@@ -254,7 +254,8 @@ class InterFormer(MultiTaskModel):
         pooled = x[:, self.tokens.num_fields :]
         for interaction_arch in self.interaction_archs:
             x = interaction_arch(x, None)
-        return self.heads(torch.cat([self.field_summaries[-1](x), pooled], dim=1).flatten(1))
+        read = torch.cat([self.field_summaries[-1](x), pooled], dim=1)
+        return self.heads(read.flatten(1)) | self.tokens.take_compared()
 
     def preprocess(self, inputs):
         """Embeds the fields, X(1), and merges all behaviours per step with MaskNet, S(1) before the CLS tokens.
@@ -277,7 +278,7 @@ class InterFormer(MultiTaskModel):
 
     def add_loss(self, return_dict, y_true):
         """Adds the losses of the labels and, with ``target_softmax``, of the target among those of the batch."""
-        return super().add_loss(return_dict, y_true) + self.tokens.target_loss(y_true)
+        return super().add_loss(return_dict, y_true) + self.tokens.target_loss(return_dict, y_true)
 
     @torch.no_grad()
     def attention_maps(self, inputs):
