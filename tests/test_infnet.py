@@ -483,6 +483,9 @@ def test_what_goes_beyond_the_paper_can_be_left_out_one_by_one():
     crossed = config.load(CONFIG, f"{EXTENDED}_cross")
     without_cross = {**crossed, "cross_rank": None, "model_id": f"{EXTENDED}_cross_no_cross"}
     assert config.load(CONFIG, f"{EXTENDED}_cross_no_cross") == without_cross != crossed
+    compared = config.load(CONFIG, "INFNet_v1_amazon_sports_din_softmax_holdout")
+    ablated = "INFNet_v1_amazon_sports_din_softmax_no_softmax_holdout"
+    assert config.load(CONFIG, ablated) == {**compared, "target_softmax": None, "model_id": ablated} != compared
 
 
 CHANGES = {

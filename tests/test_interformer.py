@@ -416,6 +416,7 @@ def test_forward_compiles_without_graph_breaks():
         ("InterFormer_kuairand_pure_window_extended{_no_reset}", "reset_embeddings", False),
         ("InterFormer_amazon_sports_din_ema{_no_attention}_holdout", "target_attention", None),
         ("InterFormer_amazon_sports_din_ema{_no_ema}_holdout", "ema_decay", None),
+        ("InterFormer_amazon_sports_din_softmax{_no_softmax}_holdout", "target_softmax", None),
     ],
 )
 def test_what_goes_beyond_the_paper_can_be_left_out_one_by_one(expid, option, left_out):
