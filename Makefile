@@ -18,8 +18,8 @@ demo: $(INSTALLED) ## Train three models on the embedded data, print their metri
 	done
 	$(BIN)/flowctr report $(DEMO:%=model_zoo/%/results/*_demo-*.json) --out report
 
-test: $(INSTALLED) ## Run all tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## Run all tests, a file at a time on up to four cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 bench: $(INSTALLED) ## Measure training on the CPU beside FuxiCTR's trainer; with ZOO=FuxiCTR/model_zoo its models too
 	$(BIN)/python benchmarks/speed/training.py $(if $(ZOO),--zoo $(ZOO))

@@ -356,7 +356,7 @@ def test_a_tag_and_a_draw_run_some_trials(folder):
 def test_optuna_chooses_and_stops_trials(folder):
     shutil.rmtree(folder)
     make_folder(folder, {"embedding_dim": list(range(1, 21)), "learning_rate": [1e-3]})
-    plan(folder, 0.3)
+    plan(folder, 1.5)  # half a second between evaluations, in which a trial is stopped on a busy machine too
     run(folder, search="optuna", trials=12)
     ledger = ledger_of(folder)
     states = [line["state"] for line in ledger]
