@@ -177,15 +177,15 @@ def ranked(folder: Path) -> list[tuple[Job, dict]]:
 
 def results(folder: Path, phase: str) -> list[tuple[Job, dict]]:
     """Gives the settings of a phase with their results, all of them or none."""
-    labels = read(folder)["labels"]
-    found = {job: job.result() for job in jobs(folder, phase)}
-    missing = [job for job, result in found.items() if result is None]
+    labels, wanted = read(folder)["labels"], settings(folder, phase)
+    found = {run: run.result() for job in wanted for run in job.for_labels(labels)}
+    missing = [run for run, result in found.items() if result is None]
     if missing:
         sys.exit(
             f"{folder}: {len(missing)} of {len(found)} runs of phase {phase} have no result with this configuration in "
             f"{missing[0].model_dir / 'results'}; run them first, as {shlex.join(missing[0].command)}"
         )
-    return [(job, joined([found[run] for run in job.for_labels(labels)])) for job in settings(folder, phase)]
+    return [(job, joined([found[run] for run in job.for_labels(labels)])) for job in wanted]
 
 
 def final_results(folder: Path) -> list[dict]:
