@@ -114,6 +114,7 @@ _positive_integer = _require(is_positive_integer, "an integer above 0")
 _natural_number = _require(lambda value: is_integer(value) and value >= 0, "an integer of at least 0")
 _positive_number = _require(lambda value: is_number(value) and value > 0, "a number above 0")
 _non_negative_number = _require(lambda value: is_number(value) and value >= 0, "a number of at least 0")
+_between_0_and_1 = _require(lambda value: is_number(value) and 0 < value < 1, "a number between 0 and 1")
 _boolean = _require(lambda value: isinstance(value, bool), "true or false")
 _text = _require(lambda value: isinstance(value, str) and value != "", "a text")
 
@@ -203,7 +204,8 @@ KEY_CHECKS: dict[str, Check] = {
     "fused_regularizer": _boolean,  # these are no regulariser, activation or embedding, as their names have it
     "activation_checkpointing": _boolean,
     "reset_embeddings": _boolean,
-    "ema_decay": _or_null(_require(lambda value: is_number(value) and 0 < value < 1, "a number between 0 and 1")),
+    "ema_decay": _or_null(_between_0_and_1),
+    "lr_decay_factor": _between_0_and_1,
     "learning_rate": _positive_number,
     "weight_decay": _non_negative_number,
     "search_weight_decay": _non_negative_number,

@@ -20,6 +20,7 @@ NO_EFFECT = {
     *resume.NO_EFFECT,
     *("model_id", "stage", "metrics", "group_id"),
     *("monitor", "monitor_mode", "early_stop_patience", "eval_steps", "save_best_only", "reduce_lr_on_plateau"),
+    "lr_decay_factor",
 }
 
 

@@ -103,6 +103,8 @@ class Engine:
             teach the rest of the model while no table sees a row twice (see `weights.redraw_embeddings`).
         ema_decay: Decay, per step, of an exponential moving average of the weights, which is evaluated, saved and left
             in the model in their place (see `AveragedWeights`); None: the weights themselves.
+        lr_decay_factor: What ``reduce_lr_on_plateau`` multiplies the learning rate by after every evaluation that is
+            not the best one yet; FuxiCTR's 0.1.
         checkpoint_steps: Steps after which `fit` writes its resume file, besides the evaluations; None: only at those.
         loss_weight: How the losses of several labels add up: ``EQ`` sums them, a list has one weight for each label,
             ``UW`` learns the weights (see `UncertaintyLoss`).
@@ -122,8 +124,9 @@ class Engine:
         on_evaluation: Called with ``history["valid"]`` after each evaluation of `fit`, if it is set.
 
     Raises:
-        ValueError: If ``loss_weight`` does not fit the labels, ``scenario`` is no categorical column, ``ema_decay`` is
-            not between 0 and 1, or the model, its optimiser or the device cannot do what is asked for.
+        ValueError: If ``loss_weight`` does not fit the labels, ``scenario`` is no categorical column, ``ema_decay`` or
+            ``lr_decay_factor`` is not between 0 and 1, or the model, its optimiser or the device cannot do what is
+            asked for.
     """
 
     on_evaluation: Callable[[list[dict[str, float]]], None] | None = None
@@ -142,6 +145,7 @@ class Engine:
         activation_checkpointing: bool = False,
         reset_embeddings: bool = False,
         ema_decay: float | None = None,
+        lr_decay_factor: float = 0.1,
         checkpoint_steps: int | None = None,
         loss_weight: str | Sequence[float] = "EQ",
         tensorboard: bool = False,
@@ -158,6 +162,7 @@ class Engine:
         self._gradient_accumulation = gradient_accumulation
         self._reset_embeddings = reset_embeddings
         self._ema_decay = ema_decay
+        self._lr_decay_factor = lr_decay_factor
         self._checkpoint_steps = checkpoint_steps
         self._fused_regularizer = fused_regularizer
         self._penalties: list | None = None  # known once the model is complete
@@ -189,6 +194,8 @@ class Engine:
             )
         if self._ema_decay is not None and not 0 < self._ema_decay < 1:
             raise ValueError(f"ema_decay={self._ema_decay}; it lies between 0 and 1")
+        if not 0 < self._lr_decay_factor < 1:
+            raise ValueError(f"lr_decay_factor={self._lr_decay_factor}; it lies between 0 and 1")
         if distributed.world_size() > 1 and self.cuda_graphs:
             logging.warning("cuda_graphs cannot capture a step that several processes take together: it is off")
             self.cuda_graphs = False
@@ -567,6 +574,10 @@ class Engine:
         self.checkpoint_and_earlystop(logs)
         if self._best_metric != best or not self._save_best_only:
             self.restored, self._restored_weights = record, self._fingerprint()
+
+    def lr_decay(self, factor: float | None = None, min_lr: float = 1e-6) -> float:
+        """Cuts the learning rate, by ``lr_decay_factor`` if no other factor is given, and returns it."""
+        return super().lr_decay(self._lr_decay_factor if factor is None else factor, min_lr)
 
     def _fingerprint(self) -> int:
         return distributed.from_writer(lambda: weights.fingerprint(self.checkpoint))

@@ -777,6 +777,32 @@ def test_a_decay_that_averages_nothing_is_refused(tmp_path, decay):
         config.load(folder, "InterFormer_test", [f"ema_decay={decay}"])
 
 
+# Learning rates
+
+
+@pytest.mark.parametrize(("settings", "factor"), [({}, 0.1), ({"lr_decay_factor": 0.5}, 0.5)])
+def test_the_learning_rate_is_cut_by_a_factor_after_each_evaluation_that_is_not_the_best(tmp_path, settings, factor):
+    model = build(SingleTask, tmp_path, early_stop_patience=3, **settings)
+    rates = [model.optimizer.param_groups[0]["lr"]]
+    model.on_evaluation = lambda curve: rates.append(model.optimizer.param_groups[0]["lr"])
+    train(model, epochs=100)
+    expected, best = rates[:1], -math.inf
+    for record in model.history["valid"]:
+        expected.append(expected[-1] * (1 if record["AUC"] > best else factor))
+        best = max(best, record["AUC"])
+    assert rates[1:] == pytest.approx(expected[:-1])  # an evaluation is reported before it has its effect
+    assert model.optimizer.param_groups[0]["lr"] == pytest.approx(expected[-1]) != rates[0]
+
+
+@pytest.mark.parametrize("factor", [0, 1, 2.0])
+def test_a_factor_that_does_not_cut_the_learning_rate_is_refused(tmp_path, factor):
+    with pytest.raises(ValueError, match=f"lr_decay_factor={factor}; it lies between 0 and 1"):
+        build(SingleTask, tmp_path, lr_decay_factor=factor)
+    folder = config.REPOSITORY / "model_zoo" / "InterFormer" / "config"
+    with pytest.raises(config.ConfigError, match=f"'lr_decay_factor' must be a number between 0 and 1; got {factor}"):
+        config.load(folder, "InterFormer_test", [f"lr_decay_factor={factor}"])
+
+
 # Loss weights
 
 
