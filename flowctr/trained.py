@@ -147,11 +147,11 @@ def _compare_with_run(
     params: Mapping[str, Any], expid: str, model_dir: Path, digest: str | None, arguments: Iterable[str]
 ) -> None:
     """Compares with the result of the run, if it is there: other ids or settings may leave every shape as it is."""
-    run = None
+    wanted, run = (expid, params["dataset_id"], params["seed"], params["model_root"]), None
     for path in sorted((model_dir / "results").glob(f"{glob.escape(params['model_id'])}-*.json")):  # by time
-        result = read_json(path, ("expid", "seed", "config", "data"), "delete it")
+        result = read_json(path, ("expid", "dataset_id", "seed", "config", "data"), "delete it")
         folder = str(config.REPOSITORY / result["config"]["model_root"])
-        if (result["expid"], result["seed"], folder) == (expid, params["seed"], params["model_root"]):
+        if (result["expid"], result["dataset_id"], result["seed"], folder) == wanted:
             run = result
     if run is None:
         return

@@ -710,11 +710,15 @@ def test_all_wrong_parameters_come_in_one_message(params):
             "label,item\n1,a\nabc,b\n",
             r"valid\.csv: column 'label' has 'abc', which is not a number in row 2 \(line 3\)",
         ),
-        ("label,item\n1,a\n0,b\n,c\n", r"valid\.csv: column 'label' is empty in row 3 \(line 4\)"),
+        (
+            "label,item\n1,a\n0,b\n,c\n",
+            r"valid\.csv: column 'label' is empty in row 3 \(line 4\); correct it or set may_be_missing: true",
+        ),
         ("label,item\n1,a\nnan,b\n", r"valid\.csv: column 'label' has 'nan', which is not a number in row 2"),
         ("label,item\n", "the valid split has no rows"),
         ("", "the valid split is an empty file"),
         ("label,itm\n1,a\n", r"valid\.csv: column 'item' is missing \(did you mean 'itm'"),
+        ("rating,thing\n1,a\n", r"valid\.csv: column 'item' is missing; column 'label' is missing; the valid split"),
         ("label,item\n1,a\n0", r"valid\.csv: cut off in line 3: it has 1 of 2 fields"),
     ],
 )
@@ -726,6 +730,28 @@ def test_bad_rows_are_named(params, tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         build_h5(params)
     assert not (Path(params["data_root"]) / "tiny" / "feature_map.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("histories", "settings", "warnings"),
+    [
+        (("a^b^c", "a^b"), {"max_len": 2}, ["1 rows have more than max_len=2 events"]),
+        (("a^b^c", "a^b^c"), {"max_len": 2, "padding": "post"}, ["2 rows have more than max_len=2 events"]),
+        (("a^b^c", "a^b"), {"max_len": 2, "padding": "pre"}, []),
+        (("a^b^c", ""), {"max_len": 3}, []),
+        (("a,b,c", "a,b"), {"max_len": 3}, ["no row has more than one event; if its events are joined"]),
+        (("a,b,c", "a"), {"max_len": 3, "splitter": ","}, []),
+    ],
+)
+def test_histories_that_are_seldom_meant_are_warned_of(params, tmp_path, caplog, histories, settings, warnings):
+    columns = {"label": [1, 0], "items": list(histories)}
+    pl.DataFrame(columns).write_parquet(tmp_path / "train.parquet")
+    sequence = {"name": "items", "active": True, "dtype": "str", "type": "sequence", **settings}
+    params.update(data_format="parquet", valid_data=None, test_data=None, label_col=LABELS[0], min_categr_count=1)
+    build_h5({**params, "train_data": str(tmp_path / "train.parquet"), "feature_cols": [sequence]})
+    found = [message for message in caplog.messages if "'items'" in message]
+    assert len(found) == len(warnings)
+    assert all(f"column 'items': {warning}" in message for message, warning in zip(found, warnings))
 
 
 def test_bad_parquet_columns_are_named(params, tmp_path):

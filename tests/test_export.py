@@ -255,6 +255,9 @@ def test_weights_of_another_build_of_the_data_are_refused(folder):
         result.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match="kuairand_tiny was built anew since DHEN_test was trained"):
             load(folder)
+        changed["dataset_id"] = "elsewhere"  # another run of the same experiment and seed, maybe a later one
+        result.write_text(json.dumps(changed))
+        load(folder)
     finally:
         result.write_text(content)
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -158,6 +159,10 @@ class Encoder:
 
     Args:
         processor: A fitted processor.
+
+    Attributes:
+        longest: By sequence column, the most events that an encoded row had, before it was cut to ``max_len``.
+        cut: By sequence column, how many encoded rows had more than ``max_len``.
     """
 
     def __init__(self, processor: Processor):
@@ -165,6 +170,8 @@ class Encoder:
         self.features = processor.feature_map.features
         self.labels = processor.feature_map.labels
         self.may_be_missing = [col["name"] for col in processor.label_cols if col.get("may_be_missing")]
+        self.longest: Counter[str] = Counter()
+        self.cut: Counter[str] = Counter()
 
     @classmethod
     def load(cls, data_dir: str | Path) -> "Encoder":
@@ -263,6 +270,9 @@ class Encoder:
         tokenizer = self.processor.processor_dict[name + "::tokenizer"]
         max_len = tokenizer.max_len
         lists = series.str.split(tokenizer._splitter).list
+        events = lists.len()
+        self.longest[name] = max(self.longest[name], events.max() or 0)
+        self.cut[name] += (events > max_len).sum()
         lists = lists.tail(max_len) if tokenizer.padding == "pre" else lists.head(max_len)
         lengths = lists.list.len().fill_null(0).cast(pl.Int64).to_numpy()[:, None]
         ids = self._lookup(name, lists.to_arrow().flatten())
@@ -374,12 +384,10 @@ def _read(processor: Processor, sources: dict[str, tuple[str, list[str]]], setti
             columns = scan.collect_schema()
         except pl.exceptions.NoDataError as error:
             raise ValueError(f"{path}: the {split} split is an empty file") from error
-        for col in processor.feature_cols + processor.label_cols:
-            if col["name"] not in columns and not col.get("preprocess"):
-                raise ValueError(
-                    f"{path}: column {col['name']!r} is missing{did_you_mean(col['name'], columns)}; "
-                    f"the {split} split has {', '.join(columns)}"
-                )
+        wanted = [col["name"] for col in processor.feature_cols + processor.label_cols if not col.get("preprocess")]
+        if missing := [name for name in wanted if name not in columns]:
+            listed = "; ".join(f"column {name!r} is missing{did_you_mean(name, columns)}" for name in missing)
+            raise ValueError(f"{path}: {listed}; the {split} split has {', '.join(columns)}")
         for col in processor.feature_cols:
             _check_token_type(col, columns, path, tokens)
         _check_elements(processor, scan, columns, path)
@@ -475,7 +483,24 @@ def _write(processor: Processor, frames: dict[str, pl.LazyFrame], sources: dict,
                 "files": {name: (folder / name).stat().st_size for name in writer.files},
             }
         written[split] = by_files[files]
+    _warn_of_histories(encoder, paddings)
     return written
+
+
+def _warn_of_histories(encoder: Encoder, paddings: dict[str, str]) -> None:
+    """Warns of what is seldom meant: newest events that are cut off, and a splitter that splits nothing."""
+    for name, longest in encoder.longest.items():
+        tokenizer = encoder.processor.processor_dict[f"{name}::tokenizer"]
+        if paddings[name] == "post" and encoder.cut[name]:
+            logging.warning(
+                f"column {name!r}: {encoder.cut[name]} rows have more than max_len={tokenizer.max_len} events; "
+                "padding: post cuts off the last, the newest in most data, padding: pre the first"
+            )
+        if longest == 1:
+            logging.warning(
+                f"column {name!r}: no row has more than one event; if its events are joined by another character than "
+                f"{tokenizer._splitter!r}, set splitter"
+            )
 
 
 @contextmanager
@@ -508,7 +533,8 @@ def _explanation(error: Exception, processor: Processor, sources: dict, settings
                 row, value = bad
                 where = f"row {row} (line {row + 1})" if is_csv else f"row {row}"
                 if value is None:
-                    return ValueError(f"{file}: column {name!r} is empty in {where}; correct it or set fill_na")
+                    remedy = "set may_be_missing: true for the label" if col in processor.label_cols else "set fill_na"
+                    return ValueError(f"{file}: column {name!r} is empty in {where}; correct it or {remedy}")
                 kind = "an integer" if is_csv and dtype is int else "a number"
                 return ValueError(
                     f"{file}: column {name!r} has {value!r}, which is not {kind} in {where}; "
