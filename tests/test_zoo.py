@@ -703,12 +703,12 @@ def test_baselines_are_complete():
         assert not set(config.REQUIRED_KEYS) - {**base, **settings}.keys()
         suites.setdefault(f"{dataset}{kind}", set()).add(model)
     single = set("FM FmFM xDeepFM AutoInt DCNv2 GDCN FinalMLP WuKong DIN DIEN BST DMIN DMR TransAct".split())
-    several, tuned = {"ShareBottom", "MMoE", "PLE"}, single - {"DIEN", "DMIN"}
+    several = {"ShareBottom", "MMoE", "PLE"}
     assert suites == {
         "amazon_sports_din": single,
         "amazon_sports_din_holdout": single,
-        "amazon_sports_din_tuned": tuned,
-        "amazon_sports_din_holdout_tuned": tuned,
+        "amazon_sports_din_tuned": single,
+        "amazon_sports_din_holdout_tuned": single,
         "amazon_sports_din_tuned_ema": {"DIN"},
         "amazon_sports_din_holdout_tuned_ema": {"DIN"},
         "kuairand_pure_window": several | {"DCNv2", "DIN", "TransAct"},
