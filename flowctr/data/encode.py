@@ -113,13 +113,24 @@ class Processor(fuxictr_processing.FeatureProcessor):
         return frame.with_columns(fills).select(col["name"] for col in columns if col.get("active") is not False)
 
     def _collect_statistics(self, train_ddf, meta_ddf=None):
-        statistics = super()._collect_statistics(train_ddf, meta_ddf)
+        statistics = self._statistics_in_turns(train_ddf, meta_ddf)
         scaled = [c["name"] for c in self.feature_cols if c["type"] == "numeric" and "normalizer" in c]
         for name, (mean, std) in _mean_and_std(train_ddf, scaled).items():
             low, high = statistics[name]["min"], statistics[name]["max"]
             if low == high:  # rounding must not turn a constant's spread into 1e-17
                 mean, std = float(low), 0.0
             statistics[name].update(mean=mean, std=std)
+        return statistics
+
+    def _statistics_in_turns(self, train_ddf, meta_ddf) -> dict[str, dict]:
+        """Counts one sequence column at a time: all at once, as FuxiCTR does, polars holds the events of all."""
+        columns, statistics = self.feature_cols, {}
+        sequences = [[col] for col in columns if col["type"] == "sequence"]
+        try:
+            for self.feature_cols in [[col for col in columns if col["type"] != "sequence"], *sequences]:
+                statistics |= super()._collect_statistics(train_ddf, meta_ddf)
+        finally:
+            self.feature_cols = columns
         return statistics
 
     def fit_meta_col(self, col, stats_dict):
