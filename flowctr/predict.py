@@ -107,7 +107,7 @@ def _read_parquet(trained: TrainedModel, path: Path, ids: list[str]) -> tuple[in
 def _read_raw(trained: TrainedModel, path: Path, ids: list[str], scan: pl.LazyFrame) -> tuple[int, Chunks]:
     """Checks the columns of a table before anything is computed; what is in them while reading."""
     _manifest(trained)
-    encoder = Encoder.load(trained.feature_map.data_dir)
+    encoder = Encoder.load(trained.feature_map.data_dir, trained.params.get("behaviors"))
     read = encoder.processor.feature_cols = [
         col for col in encoder.processor.feature_cols if col["name"] in trained.feature_map.features
     ]

@@ -53,6 +53,18 @@ def test_a_null_in_a_list_is_an_empty_step(build):
     assert len({a, b, c}) == len({x, y, z}) == 3
 
 
+@pytest.mark.parametrize("padding", ["pre", "post"])
+def test_columns_of_a_behavior_keep_equally_many_events_in_each_row(build, padding):
+    rows = {"watched": [["a"], ["b", "c", "a"], [], ["c"]], "place": [["x"], ["y", "x"], [], ["x"]]}
+    features = [column(name, "sequence", max_len=2, padding=padding) for name in rows]
+    assert build(features, rows, behaviors={"watch": list(rows)})["train"]["place"].shape == (4, 2)  # two of three
+    rows["place"][1] = ["y"]
+    message = r"'watch' are aligned, but .* 2 events in 'watched' \('b\^c\^a'\) and 1 in 'place' \('y'\); correct"
+    with pytest.raises(ValueError, match=rf"train\.parquet: behaviors: .*{message}"):
+        build(features, rows, behaviors={"watch": list(rows)})
+    build(features, rows, behaviors={name: [name] for name in rows})
+
+
 def test_a_token_with_the_splitter_in_it_is_refused_and_another_splitter_keeps_it(build):
     rows = {"item": ["a^1", "b", "a^1", "b"], "watched": [["a^1", "b"], ["b"], [], ["a^1"]]}
     features = [column("item"), column("watched", "sequence", share_embedding="item")]

@@ -383,7 +383,7 @@ def _build_locked(params: dict, settings: dict, data_dir: Path, rebuild: bool) -
             paths = None if rebuild else _reuse(params, settings, data_dir)  # what the other process built meanwhile
             if paths is None:
                 shutil.rmtree(staging, ignore_errors=True)  # left by a build that was killed
-                manifest = _build(settings, sources, staging, data_dir.name)
+                manifest = _build(settings, params.get("behaviors"), sources, staging, data_dir.name)
                 _publish(staging / data_dir.name, data_dir)
                 paths = _paths(manifest, data_dir)
             return paths
@@ -411,7 +411,13 @@ def _remove_leftovers(data_dir: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _build(settings: dict, sources: dict[str, tuple[str, list[str]]], staging: Path, dataset_id: str) -> dict:
+def _build(
+    settings: dict,
+    behaviors: dict[str, list[str]] | None,
+    sources: dict[str, tuple[str, list[str]]],
+    staging: Path,
+    dataset_id: str,
+) -> dict:
     """Builds the whole data set in a staging folder and returns its manifest."""
     from flowctr.data.encode import encode_splits  # polars: needed to build only
 
@@ -420,7 +426,7 @@ def _build(settings: dict, sources: dict[str, tuple[str, list[str]]], staging: P
         role: {"path": path, "files": [_describe(file) for file in files]} for role, (path, files) in sources.items()
     }
     splits = {split: source for split, source in sources.items() if split in SPLITS}
-    written, encoders = encode_splits(settings, splits, staging, dataset_id)
+    written, encoders = encode_splits(settings, behaviors, splits, staging, dataset_id)
     manifest = {
         "format": FORMAT,
         "settings": _recorded(settings),

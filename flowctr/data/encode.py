@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -170,14 +171,16 @@ class Encoder:
 
     Args:
         processor: A fitted processor.
+        behaviors: Behaviour name -> its columns, whose events are aligned; they must have equally many in each row.
 
     Attributes:
         longest: By sequence column, the most events that an encoded row had, before it was cut to ``max_len``.
         cut: By sequence column, how many encoded rows had more than ``max_len``.
     """
 
-    def __init__(self, processor: Processor):
+    def __init__(self, processor: Processor, behaviors: dict[str, list[str]] | None = None):
         self.processor = processor
+        self.behaviors = behaviors or {}
         self.features = processor.feature_map.features
         self.labels = processor.feature_map.labels
         self.may_be_missing = [col["name"] for col in processor.label_cols if col.get("may_be_missing")]
@@ -185,11 +188,12 @@ class Encoder:
         self.cut: Counter[str] = Counter()
 
     @classmethod
-    def load(cls, data_dir: str | Path) -> "Encoder":
+    def load(cls, data_dir: str | Path, behaviors: dict[str, list[str]] | None = None) -> "Encoder":
         """Restores the encoder of a built data set, to encode new rows without their labels and meta columns.
 
         Args:
             data_dir: The folder of the data set, ``data_root/dataset_id``.
+            behaviors: See the class.
 
         Raises:
             ValueError: If ids cannot be restored because one vocabulary mixes numbers and strings, or if a file of
@@ -222,7 +226,7 @@ class Encoder:
                 as_key = KEY_TYPES[state["key"]]
                 tokenizer.vocab = {k if k in SPECIAL else as_key(k): idx for k, idx in vocabularies[name].items()}
                 processor.processor_dict[name + "::tokenizer"] = tokenizer
-        return cls(processor)
+        return cls(processor, behaviors)
 
     def state(self) -> dict[str, dict]:
         """Returns what ``load`` needs beside the vocabularies: key types and normaliser statistics by column."""
@@ -263,10 +267,28 @@ class Encoder:
             "numeric": self._encode_numeric,
             "embedding": self._encode_embedding,
         }
+        self._check_alignment(frame)
         features = [(n, spec) for n, spec in self.features.items() if n in frame.columns]
         return {name: encoders[spec["type"]](name, frame[name]) for name, spec in features} | {
             label: self._encode_numeric(label, frame[label]) for label in self.labels
         }
+
+    def _check_alignment(self, frame: pl.DataFrame) -> None:
+        """Raises for a row of which the columns of a behaviour keep different numbers of events."""
+        for behavior, columns in self.behaviors.items():
+            kept = {name: self._kept_events(name, frame[name]) for name in columns if name in frame.columns}
+            for (first, expected), (name, found) in pairwise(kept.items()):
+                if (wrong := (found != expected).fill_null(False)).any():
+                    row = wrong.arg_max()
+                    raise ColumnError(
+                        f"behaviors: the columns of {behavior!r} are aligned, but a row has {expected[row]} events in "
+                        f"{first!r} ({frame[first][row][:60]!r}) and {found[row]} in {name!r} "
+                        f"({frame[name][row][:60]!r}); correct it, or make these columns behaviors of their own"
+                    )
+
+    def _kept_events(self, name: str, series: pl.Series) -> pl.Series:
+        tokenizer = self.processor.processor_dict[name + "::tokenizer"]
+        return (series.str.count_matches(tokenizer._splitter, literal=True) + 1).clip(upper_bound=tokenizer.max_len)
 
     def _encode_category(self, name: str, series: pl.Series) -> np.ndarray:
         if self.features[name]["type"] == "meta" and name + "::tokenizer" not in self.processor.processor_dict:
@@ -345,12 +367,17 @@ class Encoder:
 
 
 def encode_splits(
-    settings: dict, sources: dict[str, tuple[str, list[str]]], data_root: Path, dataset_id: str
+    settings: dict,
+    behaviors: dict[str, list[str]] | None,
+    sources: dict[str, tuple[str, list[str]]],
+    data_root: Path,
+    dataset_id: str,
 ) -> tuple[dict[str, dict], dict[str, dict]]:
     """Fits FuxiCTR's encoders on the training split and writes every split, encoded, to ``data_root/dataset_id``.
 
     Args:
         settings: The checked settings of the data set.
+        behaviors: Behaviour name -> its columns, whose events are aligned.
         sources: For each split the path given for it and the files found there.
         data_root, dataset_id: Where the h5 files, ``feature_map.json`` and ``feature_vocab.json`` go.
 
@@ -371,7 +398,7 @@ def encode_splits(
         every_split = pl.concat([frame.select(meta) for frame in frames.values()], how="vertical_relaxed")
         with _named(sources["train"][0]):
             processor.fit(frames["train"], every_split, settings["min_categr_count"])
-        written = _write(processor, frames, sources, settings)
+        written = _write(Encoder(processor, behaviors), frames, sources, settings)
     except (pl.exceptions.PolarsError, NotANumberError) as error:
         raise _explanation(error, processor, sources, settings) from error
     encoders = Encoder(processor).state()
@@ -457,9 +484,9 @@ def _check_elements(processor: Processor, scan: pl.LazyFrame, columns: pl.Schema
             )
 
 
-def _write(processor: Processor, frames: dict[str, pl.LazyFrame], sources: dict, settings: dict) -> dict:
+def _write(encoder: Encoder, frames: dict[str, pl.LazyFrame], sources: dict, settings: dict) -> dict:
     """Encodes each distinct split into h5 files and describes them for the manifest."""
-    encoder = Encoder(processor)
+    processor = encoder.processor
     sequences = {n: spec for n, spec in encoder.features.items() if spec["type"] == "sequence"}
     paddings = {name: settings["feature_cols"][name].get("padding", "post") for name in sequences}
     steps = sum(spec["max_len"] for spec in sequences.values())
