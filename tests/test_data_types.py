@@ -1,5 +1,6 @@
 """Types of parquet columns: equal values get equal ids, whatever they are stored as, or are refused."""
 
+import re
 from decimal import Decimal
 
 import h5py
@@ -74,6 +75,24 @@ def test_a_token_with_the_splitter_in_it_is_refused_and_another_splitter_keeps_i
     found = build(features, rows)["train"]
     first, second = found["item"][:2]
     np.testing.assert_array_equal(found["watched"], [[first, second], [second, 0], [0, 0], [first, 0]])
+
+
+@pytest.mark.parametrize("ids, warned", [([1.0, 2.0, None, 1.0], True), ([1, 2, None, 1], False)])
+def test_floats_beside_texts_are_warned_of_once(build, caplog, ids, warned):
+    features = [column("item"), column("watched", "sequence", share_embedding="item")]
+    build(features, {"item": ids, "watched": ["1^2", "2", "", "1"]}, {"item": ids, "watched": ["1", "2", "", "1"]})
+    found = [text for text in caplog.messages if "tokens are like 1.0" in text]
+    assert len(found) == warned
+    assert all(re.match(r"column 'item' is Float64 in .*train\.parquet, .*'watched' is String in", t) for t in found)
+
+
+def test_rows_without_an_id_of_their_group_are_warned_of(build, caplog):
+    rows, users = {"item": ["a", "b", "a", "b"]}, {"user": [7, None, 0, None]}
+    build([column("item"), column("user", "meta", "int")], rows | users)
+    build([column("item"), column("user", "meta", "int", fill_na=-1)], rows | users)
+    build([column("item"), column("user", "meta", "int")], rows | {"user": [7, 1, 0, 7]})
+    (found,) = [text for text in caplog.messages if "would be one group" in text]
+    assert re.search(r"train\.parquet: column 'user' is empty in 2 rows", found)
 
 
 def test_integers_here_and_floats_there_are_refused(build):

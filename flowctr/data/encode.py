@@ -432,6 +432,7 @@ def _read(processor: Processor, sources: dict[str, tuple[str, list[str]]], setti
         frames[split] = processor.preprocess(processor.adapt(scan))
         if frames[split].head(1).collect().is_empty():
             raise ValueError(f"{path}: the {split} split has no rows")
+        _warn_of_empty_ids(processor, scan, path)
         for name, dtype in frames[split].collect_schema().items():
             # An id that is a number here and a string there would silently become out-of-vocabulary.
             kind = kinds.setdefault(name, (dtype.is_numeric(), dtype, path))
@@ -440,27 +441,46 @@ def _read(processor: Processor, sources: dict[str, tuple[str, list[str]]], setti
     return frames
 
 
-def _check_token_type(col: dict, columns: pl.Schema, path: str, seen: dict[str, tuple]) -> None:
+def _check_token_type(col: dict, columns: pl.Schema, path: str, seen: dict[str, dict[str, str]]) -> None:
     """Raises if a token would be 1 in some of the columns and splits that share a vocabulary, and 1.0 in others.
 
     Args:
         col: A feature column.
         columns: Types of a split's columns.
         path: The split's path.
-        seen: By the column that owns a vocabulary, what its tokens are made of; added to.
+        seen: By the column that owns a vocabulary, the kinds of its tokens, each with the first column; added to.
     """
     dtype = columns.get(col["name"])
     while isinstance(dtype, pl.List | pl.Array):
         dtype = dtype.inner
-    if col["dtype"] != "str" or dtype is None or not dtype.is_numeric():
+    if col["dtype"] != "str" or dtype is None or not (dtype.is_numeric() or dtype == pl.String):
         return
-    kind = "float" if dtype.is_float() else "integer"
-    first = seen.setdefault(col.get("share_embedding", col["name"]), (kind, dtype, col["name"], path))
-    if kind != first[0]:
+    kind = "text" if dtype == pl.String else "float" if dtype.is_float() else "integer"
+    kinds = seen.setdefault(col.get("share_embedding", col["name"]), {})
+    if kind in kinds:
+        return
+    kinds[kind] = f"{col['name']!r} is {dtype} in {path}"
+    remedy = "make it integers (pandas makes floats of them where one is empty: use Int64)"
+    if {"integer", "float"} <= kinds.keys():
         raise ValueError(
-            f"column {col['name']!r} is {dtype} in {path} but {first[2]!r} is {first[1]} in {first[3]}, so that 1 and "
-            "1.0 would be two tokens; make both integers (pandas makes floats of them where one is empty: use Int64)"
+            f"column {kinds['float']} but {kinds['integer']}, so that 1 and 1.0 would be two tokens; {remedy}"
         )
+    if {"text", "float"} <= kinds.keys():
+        logging.warning(
+            f"column {kinds['float']}, so its tokens are like 1.0, but {kinds['text']}; if that has 1, {remedy}"
+        )
+
+
+def _warn_of_empty_ids(processor: Processor, scan: pl.LazyFrame, path: str) -> None:
+    """Warns of rows without an id in a meta column: as a group_id they would all be one group."""
+    meta = [col["name"] for col in processor.feature_cols if col["type"] == "meta" and "fill_na" not in col]
+    given = scan.select(name for name in meta if name in scan.collect_schema())
+    for name, count in given.null_count().collect().to_dict(as_series=False).items():
+        if count := sum(count):
+            logging.warning(
+                f"{path}: column {name!r} is empty in {count} rows, which would be one group; correct them, or set "
+                "fill_na to say so"
+            )
 
 
 def _check_elements(processor: Processor, scan: pl.LazyFrame, columns: pl.Schema, path: str) -> None:
