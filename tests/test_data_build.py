@@ -714,7 +714,10 @@ def test_all_wrong_parameters_come_in_one_message(params):
             "label,item\n1,a\n0,b\n,c\n",
             r"valid\.csv: column 'label' is empty in row 3 \(line 4\); correct it or set may_be_missing: true",
         ),
-        ("label,item\n1,a\nnan,b\n", r"valid\.csv: column 'label' has 'nan', which is not a number in row 2"),
+        (
+            "label,item\n1,a\nnan,b\n",
+            r"column 'label' has 'nan', which is not a number in row 2 .*; set may_be_missing",
+        ),
         ("label,item\n", "the valid split has no rows"),
         ("", "the valid split is an empty file"),
         ("label,itm\n1,a\n", r"valid\.csv: column 'item' is missing \(did you mean 'itm'"),
@@ -730,6 +733,26 @@ def test_bad_rows_are_named(params, tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         build_h5(params)
     assert not (Path(params["data_root"]) / "tiny" / "feature_map.json").exists()
+
+
+def test_what_can_be_done_about_test_rows_without_labels_and_numbers_that_are_none_is_said(params, tmp_path):
+    price = {"name": "price", "active": True, "dtype": "float", "type": "numeric"}
+    params.update(feature_cols=[price], label_col=LABELS[:1], min_categr_count=1)
+    for split, text in {
+        "train": "label,price\n1,2.5\n0,\n",
+        "valid": "label,price\n1,0.5\n",
+        "test": "price\n1.5\n",
+    }.items():
+        (tmp_path / f"{split}.csv").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"test\.csv: column 'label' is missing; .*set test_data: null and use flowctr pred"
+    ):
+        build_h5(params)
+    (tmp_path / "train.csv").write_text("label,price\n1,2.5\n0,NaN\n")
+    with pytest.raises(
+        ValueError, match=r"column 'price' has 'NaN', which is not a number in row 2 .*; leave it empty"
+    ):
+        build_h5({**params, "test_data": None})
 
 
 @pytest.mark.parametrize(

@@ -425,7 +425,11 @@ def _read(processor: Processor, sources: dict[str, tuple[str, list[str]]], setti
         wanted = [col["name"] for col in processor.feature_cols + processor.label_cols if not col.get("preprocess")]
         if missing := [name for name in wanted if name not in columns]:
             listed = "; ".join(f"column {name!r} is missing{did_you_mean(name, columns)}" for name in missing)
-            raise ValueError(f"{path}: {listed}; the {split} split has {', '.join(columns)}")
+            only_labels = split == "test" and set(missing) <= {col["name"] for col in processor.label_cols}
+            remedy = (
+                "; to score rows without labels, set test_data: null and use flowctr predict" if only_labels else ""
+            )
+            raise ValueError(f"{path}: {listed}; the {split} split has {', '.join(columns)}{remedy}")
         for col in processor.feature_cols:
             _check_token_type(col, columns, path, tokens)
         _check_elements(processor, scan, columns, path)
@@ -590,14 +594,17 @@ def _explanation(error: Exception, processor: Processor, sources: dict, settings
             if bad is not None:
                 row, value = bad
                 where = f"row {row} (line {row + 1})" if is_csv else f"row {row}"
+                is_label = col in processor.label_cols
                 if value is None:
-                    remedy = "set may_be_missing: true for the label" if col in processor.label_cols else "set fill_na"
+                    remedy = "set may_be_missing: true for the label" if is_label else "set fill_na"
                     return ValueError(f"{file}: column {name!r} is empty in {where}; correct it or {remedy}")
                 kind = "an integer" if is_csv and dtype is int else "a number"
-                return ValueError(
-                    f"{file}: column {name!r} has {value!r}, which is not {kind} in {where}; "
-                    f"correct the value or the dtype of {name!r}"
-                )
+                remedy = f"correct the value or the dtype of {name!r}"
+                if value.lower() == "nan":
+                    remedy = (
+                        "set may_be_missing: true for the label" if is_label else "leave it empty, which fill_na fills"
+                    )
+                return ValueError(f"{file}: column {name!r} has {value!r}, which is not {kind} in {where}; {remedy}")
     return ValueError(f"{', '.join(path for path, _ in sources.values())}: cannot be read: {error}")
 
 
