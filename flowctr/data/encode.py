@@ -126,9 +126,11 @@ class Processor(fuxictr_processing.FeatureProcessor):
     def _statistics_in_turns(self, train_ddf, meta_ddf) -> dict[str, dict]:
         """Counts one sequence column at a time: all at once, as FuxiCTR does, polars holds the events of all."""
         columns, statistics = self.feature_cols, {}
-        sequences = [[col] for col in columns if col["type"] == "sequence"]
+        turns = [[col for col in columns if col["type"] != "sequence"]]
+        turns += [[col] for col in columns if col["type"] == "sequence"]
         try:
-            for self.feature_cols in [[col for col in columns if col["type"] != "sequence"], *sequences]:
+            for turn in turns:
+                self.feature_cols = turn  # which is what FuxiCTR counts
                 statistics |= super()._collect_statistics(train_ddf, meta_ddf)
         finally:
             self.feature_cols = columns
@@ -398,10 +400,11 @@ def encode_splits(
         every_split = pl.concat([frame.select(meta) for frame in frames.values()], how="vertical_relaxed")
         with _named(sources["train"][0]):
             processor.fit(frames["train"], every_split, settings["min_categr_count"])
-        written = _write(Encoder(processor, behaviors), frames, sources, settings)
+        encoder = Encoder(processor, behaviors)
+        written = _write(encoder, frames, sources, settings)
     except (pl.exceptions.PolarsError, NotANumberError) as error:
         raise _explanation(error, processor, sources, settings) from error
-    encoders = Encoder(processor).state()
+    encoders = encoder.state()
     for name, state in encoders.items():
         if " and " in state.get("key", ""):
             logging.warning(
