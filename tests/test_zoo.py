@@ -711,7 +711,7 @@ def test_baselines_are_complete():
         "amazon_sports_din_holdout_tuned": single,
         "amazon_sports_din_tuned_ema": {"DIN"},
         "amazon_sports_din_holdout_tuned_ema": {"DIN"},
-        "kuairand_pure_window": several | single - {"BST", "DIEN", "DMIN", "DMR"},
+        "kuairand_pure_window": several | single,
         "kuairand_pure_window_tabs": several,
         "kuairand_tiny": single | several,
     }
