@@ -37,6 +37,7 @@ from tqdm import tqdm
 CURVE_POINTS_PER_EVALUATION = 10
 # How torch's binary_cross_entropy reports a prediction that is nan: on the CPU, and on a GPU.
 NAN_PREDICTION = ("all elements of input should be between 0 and 1", "device-side assert triggered")
+ONE_ROW = "Expected more than 1 value per channel"  # how torch's batch normalisation reports a batch of one row
 
 # What a training goes on from besides weights, optimiser and random numbers: attributes with plain values.
 PROGRESS = (
@@ -359,7 +360,8 @@ class Engine:
 
         Raises:
             ValueError: If the monitored metric needs both classes of a label, of which the validation data have one,
-                or is of a scenario that training has not seen, or the best weights of the run to resume are gone.
+                or is of a scenario that training has not seen, the best weights of the run to resume are gone, or an
+                epoch ends with one row, which batch normalisation cannot take.
             TrainingError: If a loss, a weight, a prediction or the monitored metric is not a number.
         """
         steps_per_epoch = -(-len(data_generator) // self._gradient_accumulation)
@@ -390,6 +392,13 @@ class Engine:
                     last = len(self._step_rows) - 1
                     first = last if self.device.type == "cpu" else 0  # a GPU reports it some steps later
                     raise self._diverged("predictions are nan", first, last) from error
+                raise
+            except ValueError as error:
+                if ONE_ROW in str(error):
+                    raise ValueError(
+                        f"step {self._total_steps}, the last one of an epoch, leaves one row for batch normalisation, "
+                        "which needs several; change batch_size by a few rows"
+                    ) from error
                 raise
         logging.info("Training finished.")
         if self.valid_gen is not None and self.restored is None:  # eval_steps is more than the steps there were

@@ -315,6 +315,20 @@ def test_validation_labels_of_one_class_are_named(tmp_path):
         model.fit(batches_of(model.feature_map, 7), validation_data=valid, epochs=3)
 
 
+def ending_in_one_row(feature_map):
+    *whole, last = batches_of(feature_map, 3)
+    return Loader([*whole, {name: values[:1] for name, values in last.items()}])
+
+
+def test_a_last_batch_of_one_row_is_named_where_batch_normalisation_needs_several(tmp_path):
+    model = build(SingleTask, tmp_path)
+    with pytest.raises(ValueError, match="step 3, the last one of an epoch, leaves one row .*change batch_size"):
+        model.fit(ending_in_one_row(model.feature_map))
+    model = build(TwoTasks, tmp_path)  # which has no batch normalisation
+    model.fit(ending_in_one_row(model.feature_map))
+    assert model.history["train"][-1]["step"] == 3
+
+
 def test_cuda_graphs_have_no_effect_on_the_cpu(tmp_path):
     settings = {"optimizer": "Adagrad"}  # which a graph could not capture
     model, graphed = build(SingleTask, tmp_path, **settings), build(SingleTask, tmp_path, cuda_graphs=True, **settings)
