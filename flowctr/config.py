@@ -60,7 +60,7 @@ def load(
 
     The experiment updates ``Base``, the data set is added, then the overrides apply. The data set is looked up in
     ``dataset_config.yaml`` or ``dataset_config/*.yaml`` of the folder, else in ``data_configs/<dataset_id>.yaml`` of a
-    folder above it or of the repository. Relative paths of a data set count from the folder that contains its config
+    folder above it, of the working directory or of the repository. Relative paths of a data set count from the folder that contains its config
     folder, ``zoo`` from the config folder, those of an override from the working directory.
 
     Args:
@@ -266,7 +266,7 @@ def read_dataset(dataset_id: str, config_dir: Path) -> dict[str, Any]:
         ConfigError: If there is no such data set, or a file cannot be read.
     """
     own = {key: path for path, content in _read_all(config_dir, "dataset_config").items() for key in content}
-    roots = (REPOSITORY, *reversed(config_dir.parents), config_dir)
+    roots = (REPOSITORY, Path.cwd(), *reversed(config_dir.parents), config_dir)
     shared = {path.stem: path for root in roots for path in root.glob("data_configs/*.yaml")}
     if str(dataset_id) not in {**own, **shared}:
         raise ConfigError(_unknown("data set", dataset_id, {**own, **shared}))

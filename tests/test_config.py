@@ -158,13 +158,18 @@ def test_files_in_folders_are_found(folder):
     assert "is in" in mistakes(folder) and "b.yaml" in mistakes(folder) and "c.yaml" in mistakes(folder)
 
 
-def test_data_configs_above_the_config_folder_are_found(folder, tmp_path):
-    shared = tmp_path / "data_configs" / "tiny.yaml"
-    shared.parent.mkdir()
+@pytest.mark.parametrize("place", ["", "elsewhere"])
+def test_data_configs_above_the_config_folder_and_of_the_working_directory_are_found(
+    folder, tmp_path, monkeypatch, place
+):
+    shared = tmp_path / place / "data_configs" / "tiny.yaml"
+    shared.parent.mkdir(parents=True)
     (folder / "dataset_config.yaml").rename(shared)
     edit(shared, ("../data/", "data/"))
+    if place:
+        monkeypatch.chdir(tmp_path / place)
     params = load(folder, "Toy_test", src=SRC)
-    assert params["train_data"] == str(tmp_path / "data" / "train.csv")
+    assert params["train_data"] == str(tmp_path / place / "data" / "train.csv")
     shared.write_text("other: {}")
     assert "has no entry 'tiny'; it has other" in mistakes(folder)
 
