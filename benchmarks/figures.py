@@ -1,4 +1,4 @@
-"""What papers claim of their ablations and sweeps, and the figures of a study's own beside it; learning curves.
+"""What papers claim of their ablations and sweeps, and the figures of a study's own beside it; curves; pairs.
 
 A claim of ``paper_claims.csv`` is that one variant (``lower``) has a lower AUC than another (``higher``). Variants have
 the names of a study's page: ``as tuned``, an ablation, or an option and its value. A row for each data set and task of
@@ -14,7 +14,9 @@ import numpy as np
 from flowctr.compare import paired_t_test
 from flowctr.pages import COLORS
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 TUNED = "as tuned"
@@ -214,6 +216,31 @@ def draw_curves(path: Path, runs: dict[str, dict], metric: str) -> None:
         panels[1].set_ylabel(f"validation {metric}")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
         figure.savefig(path, dpi=130, metadata=METADATA)
+
+
+def draw_pairs(path: Path, names: list[str], pairs: dict[str, np.ndarray]) -> None:
+    """Draws for each metric which experiment is told apart from which, the rows and columns in the order of ``names``.
+
+    Args:
+        path: The image.
+        names: Experiments.
+        pairs: Metric -> ``(experiments, experiments)``: 1 where that of the row is above that of the column, -1 where
+            below, 0 where neither is known.
+    """
+    meanings = {-1: ("below", PAPER), 0: ("not told apart", "#eeeeee"), 1: ("above", OURS)}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 + 0.25 * len(names), 1.2 + 0.125 * len(names)), layout="constrained")
+        panels = figure.subplots(1, len(pairs), sharey=True, squeeze=False)[0]
+        for panel, (metric, signs) in zip(panels, pairs.items()):
+            colors = ListedColormap([color for _, color in meanings.values()])
+            panel.imshow(signs, colors, vmin=-1, vmax=1, aspect="auto", interpolation="none")
+            panel.set_xticks(range(len(names)), range(1, len(names) + 1), fontsize=5)
+            panel.set_yticks(range(len(names)), [f"{name}  {i}" for i, name in enumerate(names, 1)], fontsize=5.5)
+            panel.tick_params(length=0)
+            panel.set_title(f"{metric}: is the row ... the column?", fontsize=8)
+        handles = [Patch(color=color, label=label) for label, color in meanings.values()]
+        figure.legend(handles=handles, loc="outside lower right", ncols=3)
+        figure.savefig(path, dpi=150, metadata=METADATA)
 
 
 def median_run(results: list[dict], metric: str) -> dict:

@@ -53,7 +53,7 @@ KEPT = (
     *("labels", "metrics", "parameters", "speed", "peak_memory_bytes", "flops_per_row", "commit", "data", "zoo"),
 )
 # Of a configuration: where it ran and how it was launched, and the columns of the data set, which its id names.
-NOT_KEPT = ("model_id", "model_root", "verbose", "gpu", "cuda_graphs", "zoo", "feature_cols")
+NOT_KEPT = ("model_id", "model_root", "verbose", "gpu", "cuda_graphs", "resume", "zoo", "feature_cols")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def _known_results(study: Path, results: Path, pattern: str) -> Iterator[dict]:
 
 
 def _what(arguments: list[str]) -> list[str]:
-    """Leaves out the options that say where a run ran, not what it was."""
+    """Leaves out the options that say where a run ran and whether it was resumed, not what it was."""
+    arguments = [argument for argument in arguments if argument != "--resume"]  # the one without a value
     pairs = [pair for pair in zip(arguments[::2], arguments[1::2]) if pair[0] not in ("--gpu", "--config")]
     return [part for pair in pairs if not pair[1].startswith("model_root=") for part in pair]
 

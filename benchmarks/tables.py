@@ -1,16 +1,19 @@
-"""Writes the tables and draws the learning curves of benchmarks/README.md from the result files beside it.
+"""Writes the tables and pairs and draws the learning curves of benchmarks/README.md from the result files beside it.
 
 python benchmarks/tables.py
 """
 
+import csv
+import io
+import itertools
 import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
-from figures import draw_curves, median_run
-from flowctr.compare import best_marks
+from figures import SIGNIFICANT, draw_curves, draw_pairs, median_run
+from flowctr.compare import best_marks, paired_t_test
 from flowctr.metrics import LOG_METRICS
 from flowctr.pages import COLORS
 from flowctr.results import read_published
@@ -19,6 +22,8 @@ from study import final_results, markdown, read, spread, targets_of, value_of
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 METRICS = ("gAUC", "AUC", "logloss", "NE")
+PAIRED_METRICS = ("AUC", "gAUC")
+PAIR = ("experiment", "other", "metric", "seeds", "difference", "p")
 SIGNIFICANCE = (
     "Bold: better than every other experiment of the table, each by a paired t-test over the seeds, p < .05 after "
     "Holm's correction."
@@ -26,11 +31,14 @@ SIGNIFICANCE = (
 
 
 def main() -> None:
-    """Rewrites what stands between the markers of each table; draws the leaders' curves for each table of studies."""
+    """Rewrites what stands between the markers of each table; for each table of studies the curves and the pairs."""
     page = README.read_text()
     README.write_text(filled(page))
     for dataset_id in re.findall("<!-- table: studies (.+) -->", page):
         draw_curves(HERE / f"curves_{dataset_id}.png", *leaders(dataset_id))
+        tested = pairs_of_studies(dataset_id)
+        (HERE / f"pairs_{dataset_id}.csv").write_text(as_csv(tested))
+        draw_pairs(HERE / f"pairs_{dataset_id}.png", *told_apart(tested))
 
 
 def leaders(dataset_id: str) -> tuple[dict[str, dict], str]:
@@ -89,6 +97,47 @@ def studies(dataset_id: str) -> str:
     ]
     lines = markdown(["experiment", "seeds", *(" ".join(column).strip() for column in columns), "parameters"], rows)
     return f"{lines}\n\n{SIGNIFICANCE}" if len(names) > 1 else lines
+
+
+def pairs_of_studies(dataset_id: str) -> list[dict]:
+    """Tests each pair of experiments on a data set by a paired t-test over the seeds that both have, test data.
+
+    Returns:
+        For each pair, the one with the higher mean AUC first, and each of ``PAIRED_METRICS``: the two, the number of
+        common seeds, by how much the first is above the other on average over these, and p, not corrected for the
+        number of pairs, and nan for fewer than two common seeds.
+    """
+    finals = {folder.name: final_results(folder) for folder in study_folders(dataset_id)}
+    *_, target = targets_of(next(iter(finals.values()))[0])
+    names = sorted(finals, key=lambda name: -mean_auc(finals[name], target))
+    rows = []
+    for (one, other), metric in itertools.product(itertools.combinations(names, 2), PAIRED_METRICS):
+        a, b = ({r["seed"]: value_of(r, "test", target, metric) for r in finals[name]} for name in (one, other))
+        seeds = sorted(a.keys() & b.keys())
+        x, y = ([values[seed] for seed in seeds] for values in (a, b))
+        difference = float(np.mean(np.subtract(x, y))) if seeds else float("nan")
+        rows.append(dict(zip(PAIR, (one, other, metric, len(seeds), difference, paired_t_test(x, y)), strict=True)))
+    return rows
+
+
+def as_csv(tested: list[dict]) -> str:
+    """Writes pairs as csv, differences with four digits and p with two."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, PAIR, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "difference": f"{row['difference']:+.4f}", "p": f"{row['p']:.2g}"} for row in tested)
+    return text.getvalue()
+
+
+def told_apart(tested: list[dict]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Gives the experiments in their order and, for each metric, which of a pair is significantly above the other."""
+    names = list(dict.fromkeys(row[end] for row in tested for end in ("experiment", "other")))
+    signs = {metric: np.zeros((len(names), len(names)), dtype=int) for metric in PAIRED_METRICS}
+    for row in tested:
+        if row["p"] < SIGNIFICANT:
+            i, j, sign = names.index(row["experiment"]), names.index(row["other"]), int(np.sign(row["difference"]))
+            signs[row["metric"]][i, j], signs[row["metric"]][j, i] = sign, -sign
+    return names, signs
 
 
 def study_folders(dataset_id: str) -> list[Path]:

@@ -60,8 +60,8 @@ def load(
 
     The experiment updates ``Base``, the data set is added, then the overrides apply. The data set is looked up in
     ``dataset_config.yaml`` or ``dataset_config/*.yaml`` of the folder, else in ``data_configs/<dataset_id>.yaml`` of a
-    folder above it, of the working directory or of the repository. Relative paths of a data set count from the folder that contains its config
-    folder, ``zoo`` from the config folder, those of an override from the working directory.
+    folder above it, of the working directory or of the repository. Relative paths of a data set count from the folder
+    that contains its config folder, ``zoo`` from the config folder, those of an override from the working directory.
 
     Args:
         config_dir: Folder with ``model_config.yaml`` or ``model_config/*.yaml``.

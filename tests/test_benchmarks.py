@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 from flowctr import config
 
@@ -119,7 +120,7 @@ def baseline(study, tmp_path, monkeypatch):
 
 
 def _run_as(job, number):
-    """Writes a result as a run of a job does, on a GPU of its choice and with a folder of its own for checkpoints."""
+    """Writes a result as a resumed run does, on a GPU of its choice and with a folder of its own for checkpoints."""
     like = json.loads(next(BENCHMARKS.glob("STEM/*/results/*.json")).read_text())
     settings = dict(job.overrides)
     label = settings["label"]
@@ -127,8 +128,8 @@ def _run_as(job, number):
     result = {
         **{**like, "expid": job.expid, "model": "FM", "dataset_id": "kuairand_tiny", "seed": job.seed},
         **{"labels": [label], "zoo": {"folder": "model_zoo/FM"}, "attention": None, "users": None},
-        "command": f"{shlex.join(job.command)} --gpu 3 --set model_root=elsewhere",
-        "config": {**job._config(), "gpu": 3, "model_root": "elsewhere", "zoo": "elsewhere/FM"},
+        "command": f"{shlex.join(job.command)} --resume --gpu 3 --set model_root=elsewhere",
+        "config": {**job._config(), "gpu": 3, "resume": True, "model_root": "elsewhere", "zoo": "elsewhere/FM"},
         "metrics": {
             "valid": dict.fromkeys(("AUC", "logloss", "NE"), auc) | {"gAUC": None if label == "is_like" else auc},
             "test": dict.fromkeys(("AUC", "gAUC", "logloss", "NE"), auc + job.seed / 100),
@@ -400,6 +401,42 @@ def test_the_curves_are_those_of_the_leaders(tables, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(tables, "COLORS", range(100))
             assert list(tables.leaders(dataset_id)[0]) == ranked
+
+
+def test_the_pairs_are_what_the_result_files_say(tables):
+    dataset_ids = re.findall("<!-- table: studies (.+) -->", (BENCHMARKS / "README.md").read_text())
+    assert dataset_ids
+    for dataset_id in dataset_ids:
+        pairs = tables.as_csv(tables.pairs_of_studies(dataset_id))
+        assert (BENCHMARKS / f"pairs_{dataset_id}.csv").read_text() == pairs, "run: python benchmarks/tables.py"
+        assert (BENCHMARKS / f"pairs_{dataset_id}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_pair_is_compared_over_its_common_seeds(tables, monkeypatch):
+    aucs = {"A": {1: 0.7, 2: 0.71, 3: 0.72}, "B": {1: 0.6, 2: 0.62, 3: 0.61, 4: 0.2}, "C": {3: 0.5, 5: 0.4}}
+    finals = {name: [run_of(seed, auc) for seed, auc in values.items()] for name, values in aucs.items()}
+    monkeypatch.setattr(tables, "study_folders", lambda _: [Path(name) for name in ("B", "C", "A")])
+    monkeypatch.setattr(tables, "final_results", lambda folder: finals[folder.name])
+    rows = tables.pairs_of_studies("data")
+    assert [(row["experiment"], row["other"], row["metric"], row["seeds"]) for row in rows] == [
+        *[("A", "B", "AUC", 3), ("A", "B", "gAUC", 3)],
+        *[("A", "C", "AUC", 1), ("A", "C", "gAUC", 1)],
+        *[("B", "C", "AUC", 1), ("B", "C", "gAUC", 1)],
+    ]
+    assert [row["difference"] for row in rows[:3]] == pytest.approx([0.1, -0.1, 0.22])
+    p = 2 * scipy.stats.t.sf(0.1 / np.std([0.1, 0.09, 0.11], ddof=1) * np.sqrt(3), df=2)
+    assert [row["p"] for row in rows[:2]] == pytest.approx([p, p])
+    assert all(np.isnan(row["p"]) for row in rows[2:])  # one seed
+    assert tables.as_csv(rows[:1]) == f"experiment,other,metric,seeds,difference,p\nA,B,AUC,3,+0.1000,{p:.2g}\n"
+    names, signs = tables.told_apart(rows)
+    assert names == ["A", "B", "C"]
+    assert signs["AUC"].tolist() == [[0, 1, 0], [-1, 0, 0], [0, 0, 0]]
+    assert signs["gAUC"].tolist() == [[0, -1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def run_of(seed, auc):
+    """A result with a gAUC that goes the other way."""
+    return {"seed": seed, "labels": ["label"], "config": {}, "metrics": {"test": {"AUC": auc, "gAUC": 1 - auc}}}
 
 
 def test_the_page_of_a_setting_from_elsewhere_claims_no_search(study):
