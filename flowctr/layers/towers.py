@@ -57,8 +57,9 @@ class TargetTowers(nn.Module):
         """
         same = (ids.unsqueeze(1) == ids).all(dim=-1)  # (B, B)
         same.fill_diagonal_(False)
-        scores = u @ v.T / TEMPERATURE  # (B, B)
-        return scores.masked_fill(same, -torch.inf).logsumexp(dim=1) - scores.diagonal()
+        scores = ((u / TEMPERATURE) @ v.T).masked_fill_(same, -torch.inf)  # (B, B)
+        own = torch.arange(len(ids), device=ids.device)
+        return nn.functional.cross_entropy(scores, own, reduction="none")
 
 
 def _unit(x: Tensor) -> Tensor:
