@@ -32,6 +32,7 @@ MAX_CURVE_POINTS = 200
 MAX_MARKERS = 30
 MAX_TICKS = 24
 MAX_TICK_LETTERS = 20
+LETTER = 0.065  # inches that a letter of a tick takes, at most on average
 MAX_SHARP_CELLS = 256  # per side of a heatmap; a larger one is drawn at screen resolution to bound the page's size
 
 
@@ -272,8 +273,8 @@ def _mask_picture(kept: dict | None) -> Markup | None:
 
 def _heatmap(name: str, weights: np.ndarray, row_names: list[str], column_names: list[str]) -> Markup:
     rows, columns = weights.shape
-    height = 1.4 + 0.16 * min(rows, MAX_TICKS)
-    figure = Figure(figsize=(4.2, height), layout="constrained")
+    below = LETTER * max(len(_shortened(column)) for column in column_names)  # where the columns' names stand upright
+    figure = Figure(figsize=(4.2, 0.5 + max(1.0, 0.16 * min(rows, MAX_TICKS)) + below), layout="constrained")
     axes = figure.add_subplot(xlabel="key", ylabel="query")
     axes.spines[:].set_visible(False)
     sharp = max(rows, columns) <= MAX_SHARP_CELLS

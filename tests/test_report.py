@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -242,6 +243,14 @@ def test_attention_maps_are_drawn_with_few_ticks(tmp_path):
     assert page.plots[-1] == "heatmap of layer_0.mha: 100 queries by 100 keys"
     assert [text for text in page.drawn if text.startswith("token_")] == [f"token_{i}" for i in range(0, 100, 5)] * 2
     assert {"query", "key", "attention weight", "step", "training loss"} <= set(page.drawn)
+
+
+def test_long_names_leave_room_for_an_attention_map_of_one_row(tmp_path):
+    attention = write_attention(tmp_path, "maps.npz", names=["cate_history attended to"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where a map is left no height
+        page = Page(write_report([write_run(tmp_path, "one", attention=attention)], tmp_path))
+    assert page.drawn.count("cate_history attend…") == 2
 
 
 def test_missing_attention_file_is_said_and_the_rest_reported(tmp_path):
