@@ -28,6 +28,7 @@ from flowctr.results import (
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tqdm import tqdm
 
 PUBLISHED_FILE = "published_results.csv"
 MAX_PAGES = 20  # experiments of a data set with a page of their own: plots take a second and a hundred kilobytes
@@ -133,7 +134,7 @@ def _section(dataset_id: str, experiments: list[Experiment], published: list[Pub
     differing, wins = _differing_settings(experiments), _wins(experiments, columns)
     # What has curves to show comes first, then several seeds: a trial of a search is of less interest.
     paged = sorted(experiments, key=lambda e: (not e.result.get("curves"), len(e.runs) == 1))[:MAX_PAGES]
-    for experiment in paged:
+    for experiment in tqdm(paged, dataset_id, unit=" pages", leave=False, disable=None):  # None: only on a terminal
         write_report(experiment.runs, folder / experiment.page)
     compared = [experiment.runs[0] for experiment in paged if experiment.result.get("curves")][:MAX_COMPARED]
     comparison = f"compare-{_file_name(dataset_id)}.html" if len(compared) > 1 else None
