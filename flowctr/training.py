@@ -396,8 +396,8 @@ class Engine:
             except ValueError as error:
                 if ONE_ROW in str(error):
                     raise ValueError(
-                        f"step {self._total_steps}, the last one of an epoch, leaves one row for batch normalisation, "
-                        "which needs several; change batch_size by a few rows"
+                        f"step {self._total_steps} has one row, batch normalisation needs several; the last step of an "
+                        "epoch has the rows that are left over: change batch_size by a few"
                     ) from error
                 raise
         logging.info("Training finished.")

@@ -322,7 +322,7 @@ def ending_in_one_row(feature_map):
 
 def test_a_last_batch_of_one_row_is_named_where_batch_normalisation_needs_several(tmp_path):
     model = build(SingleTask, tmp_path)
-    with pytest.raises(ValueError, match=r"step 3, the last one of an epoch, leaves one row .*change batch_size"):
+    with pytest.raises(ValueError, match=r"step 3 has one row, batch normalisation needs .*change batch_size"):
         model.fit(ending_in_one_row(model.feature_map))
     model = build(TwoTasks, tmp_path)  # which has no batch normalisation
     model.fit(ending_in_one_row(model.feature_map))
