@@ -143,6 +143,7 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
     model_class = config.find_model(params, src)
     if params.get("zoo"):
         model_class = zoo.adapt(model_class, feature_map, params, files["train"])
+    code = _code_origin(params)  # of what is loaded now: the checkout may change while the run trains
 
     def load(split: str, **sharing: int) -> H5DataLoader | None:
         return H5DataLoader(feature_map, files[split], split=split, **{**params, **sharing}) if files[split] else None
@@ -195,10 +196,10 @@ def _run(params: dict[str, Any], expid: str, config_dir: Path, model_dir: Path, 
         "wall_seconds": model.resume_file.wall_seconds,
         "peak_memory_bytes": _peak_memory(model.device),
         "data": {"manifest": data_digest(feature_map.data_dir, files)},
-        "zoo": _zoo_origin(params),
         "kept_flows": _kept_flows(model, shown),
         "flops_per_row": flops_per_row(model, shown),
         **_environment(model.device),
+        **code,
     }
     console = Console()
     console.print(metrics_table(result))  # before all writing, which may fail
@@ -369,7 +370,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
         "fuxictr": fuxictr_origin(),
-        "commit": _commit(config.REPOSITORY) if (config.REPOSITORY / ".git").exists() else None,
     }
 
 
@@ -380,10 +380,13 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _zoo_origin(params: Mapping[str, Any]) -> dict[str, str | None] | None:
-    """Names the code of a model of FuxiCTR's zoo; None for a model of ours."""
+def _code_origin(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Names the ``commit`` of this code, and under ``zoo`` the code of FuxiCTR's model; None for a model of ours."""
     folder = params.get("zoo")
-    return {**zoo.origin(folder), "commit": _commit(Path(folder))} if folder else None
+    return {
+        "zoo": {**zoo.origin(folder), "commit": _commit(Path(folder))} if folder else None,
+        "commit": _commit(config.REPOSITORY) if (config.REPOSITORY / ".git").exists() else None,
+    }
 
 
 def _commit(folder: Path) -> str | None:

@@ -238,6 +238,21 @@ def record_loading(monkeypatch):
     return events
 
 
+def test_the_commit_is_that_of_the_code_that_was_loaded(folder, src, monkeypatch):
+    commits, train = ["at the start"], experiment._train
+
+    def train_while_the_checkout_changes(*arguments):
+        commits[0] = "at the end"
+        return train(*arguments)
+
+    monkeypatch.setattr(experiment, "_commit", lambda _: commits[0])
+    monkeypatch.setattr(experiment, "_train", train_while_the_checkout_changes)
+    monkeypatch.setattr(experiment.config, "REPOSITORY", folder)
+    (folder / ".git").mkdir()
+    path = experiment.run(folder / "config", "Toy_test", src, overrides=["epochs=1"])
+    assert (commits, json.loads(path.read_text())["commit"]) == (["at the end"], "at the start")
+
+
 def test_all_data_are_loaded_and_checked_before_the_training(folder, src, monkeypatch):
     events = record_loading(monkeypatch)
     experiment.run(folder / "config", "Toy_test", src, overrides=["epochs=1"])
