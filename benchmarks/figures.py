@@ -225,7 +225,7 @@ def draw_pairs(path: Path, names: list[str], pairs: dict[str, np.ndarray]) -> No
         path: The image.
         names: Experiments.
         pairs: Metric -> ``(experiments, experiments)``: 1 where that of the row is above that of the column, -1 where
-            below, 0 where neither is known.
+            below, 0 where neither is known, nan where it could not be tested.
     """
     meanings = {-1: ("below", PAPER), 0: ("not told apart", "#eeeeee"), 1: ("above", OURS)}
     with matplotlib.rc_context(STYLE):
@@ -239,7 +239,8 @@ def draw_pairs(path: Path, names: list[str], pairs: dict[str, np.ndarray]) -> No
             panel.tick_params(length=0)
             panel.set_title(f"{metric}: is the row ... the column?", fontsize=8)
         handles = [Patch(color=color, label=label) for label, color in meanings.values()]
-        figure.legend(handles=handles, loc="outside lower right", ncols=3)
+        handles.append(Patch(facecolor="white", edgecolor="#cccccc", label="not tested: fewer than two common seeds"))
+        figure.legend(handles=handles, loc="outside lower right", ncols=4)
         figure.savefig(path, dpi=150, metadata=METADATA)
 
 

@@ -130,13 +130,16 @@ def as_csv(tested: list[dict]) -> str:
 
 
 def told_apart(tested: list[dict]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Gives the experiments in their order and, for each metric, which of a pair is significantly above the other."""
+    """Gives the experiments in their order and for each metric which is above which, as `draw_pairs` takes it."""
     names = list(dict.fromkeys(row[end] for row in tested for end in ("experiment", "other")))
-    signs = {metric: np.zeros((len(names), len(names)), dtype=int) for metric in PAIRED_METRICS}
+    signs = {metric: np.zeros((len(names), len(names))) for metric in PAIRED_METRICS}
     for row in tested:
-        if row["p"] < SIGNIFICANT:
-            i, j, sign = names.index(row["experiment"]), names.index(row["other"]), int(np.sign(row["difference"]))
-            signs[row["metric"]][i, j], signs[row["metric"]][j, i] = sign, -sign
+        i, j, sign = names.index(row["experiment"]), names.index(row["other"]), np.sign(row["difference"])
+        if np.isnan(row["p"]):
+            sign = np.nan
+        elif row["p"] >= SIGNIFICANT:
+            sign = 0
+        signs[row["metric"]][i, j], signs[row["metric"]][j, i] = sign, -sign
     return names, signs
 
 
