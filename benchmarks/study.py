@@ -22,6 +22,7 @@ not repeated. ``write`` fills the folders from the results and needs no GPU, and
 import argparse
 import itertools
 import json
+import os
 import random
 import shlex
 import subprocess
@@ -107,8 +108,8 @@ class Job:
         kept = {key: value for key, value in params.items() if key not in NOT_KEPT}
         return json.loads(json.dumps(experiment.portable(kept)))
 
-    def run(self, gpu: int) -> str | None:
-        """Runs it in a process of its own; returns what went wrong."""
+    def run(self, gpu: int, threads: dict[str, str]) -> str | None:
+        """Runs it in a process of its own; returns what went wrong. ``threads`` are variables of its environment."""
         checkpoints = REPOSITORY / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
         # Trials of one experiment and seed would share a checkpoint.
@@ -116,7 +117,8 @@ class Job:
             where = ["--gpu", str(gpu), "--set", f"model_root={Path(scratch).relative_to(REPOSITORY)}"]
             program = {"python": sys.executable, "flowctr": str(Path(sys.executable).with_name("flowctr"))}
             command = [program[self.command[0]], *self.command[1:], *where]
-            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+            env = {**threads, **os.environ}
+            done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
         return f"{shlex.join(command)}\n{done.stderr[-2000:]}" if done.returncode else None
 
 
@@ -263,10 +265,13 @@ def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -
     for gpu in gpus * workers:
         free.put(gpu)
 
+    # On a CPU, threads of several runs that wait for each other at a busy core take more time than they save.
+    cores = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+
     def work(job: Job) -> str | None:
         gpu = free.get()
         try:
-            return job.run(gpu)
+            return job.run(gpu, cores if gpu == -1 else {})
         finally:
             free.put(gpu)
 

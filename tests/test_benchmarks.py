@@ -10,6 +10,7 @@ import shlex
 import sys
 from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -261,7 +262,7 @@ def test_every_file_of_a_study_is_there_as_a_whole(study, baseline, monkeypatch)
 def test_without_all_trials_nothing_else_is_run(study, baseline, monkeypatch):
     ran = []
 
-    def fail(job, gpu):
+    def fail(job, gpu, threads):
         ran.append(job)
         return f"{job.seed} failed"
 
@@ -269,6 +270,26 @@ def test_without_all_trials_nothing_else_is_run(study, baseline, monkeypatch):
     with pytest.raises(SystemExit, match=r"(?s)1 failed.*6 runs failed"):
         study.run([baseline], ["tune", "final"], [-1], 2)
     assert len(ran) == 6
+
+
+@pytest.mark.parametrize(
+    ("gpu", "workers", "set_by_user", "wanted"), [(-1, 3, None, "2"), (-1, 3, "5", "5"), (0, 3, None, None)]
+)
+def test_runs_on_a_cpu_share_its_cores(study, baseline, monkeypatch, gpu, workers, set_by_user, wanted):
+    seen = []
+
+    def note(command, env, **_):
+        seen.append(env.get("OMP_NUM_THREADS"))
+        return SimpleNamespace(returncode=1, stderr="")
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
+    monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(study.subprocess, "run", note)
+    with pytest.raises(SystemExit):
+        study.run([baseline], ["tune"], [gpu], workers)
+    assert set(seen) == {wanted}
 
 
 def _defaults(model):
