@@ -38,6 +38,7 @@ import numpy as np
 from figures import TUNED, AUCs, compared, draw_ablations, draw_sweeps, read_claims
 from flowctr import config, experiment
 from flowctr.metrics import LOG_METRICS
+from flowctr.tuning.engines import cores
 from flowctr.tuning.space import write_whole
 from tqdm import tqdm
 
@@ -266,12 +267,12 @@ def run(folders: list[Path], phases: list[str], gpus: list[int], workers: int) -
         free.put(gpu)
 
     # On a CPU, threads of several runs that wait for each other at a busy core take more time than they save.
-    cores = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    share = {"OMP_NUM_THREADS": str(max(1, cores() // workers))}
 
     def work(job: Job) -> str | None:
         gpu = free.get()
         try:
-            return job.run(gpu, cores if gpu == -1 else {})
+            return job.run(gpu, share if gpu == -1 else {})
         finally:
             free.put(gpu)
 

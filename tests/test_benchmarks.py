@@ -285,7 +285,7 @@ def test_runs_on_a_cpu_share_its_cores(study, baseline, monkeypatch, gpu, worker
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if set_by_user:
         monkeypatch.setenv("OMP_NUM_THREADS", set_by_user)
-    monkeypatch.setattr(study.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(study, "cores", lambda: 8)
     monkeypatch.setattr(study.subprocess, "run", note)
     with pytest.raises(SystemExit):
         study.run([baseline], ["tune"], [gpu], workers)

@@ -463,7 +463,7 @@ def a_command(folder, alone=False):
 def test_a_gpu_takes_as_many_trials_as_its_memory_allows(tmp_path, monkeypatch):
     free = {0: 80 * 2**30}
     monkeypatch.setattr(engines, "_free_memory", free.get)
-    monkeypatch.setattr(engines, "_cores", lambda: 16)
+    monkeypatch.setattr(engines, "cores", lambda: 16)
     engine = LocalEngine([0], None)
     first = engine.start(a_command(tmp_path), engine.place())
     assert engine.place() is None  # how much it needs is not known yet
@@ -488,7 +488,7 @@ def test_a_gpu_takes_as_many_trials_as_its_memory_allows(tmp_path, monkeypatch):
 
 def test_workers_share_the_cores_and_the_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "_free_memory", lambda gpu: 80 * 2**30)
-    monkeypatch.setattr(engines, "_cores", lambda: 8)
+    monkeypatch.setattr(engines, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     engine, placed = LocalEngine([0, 1], 2), []
     while (gpu := engine.place()) is not None:

@@ -98,7 +98,7 @@ class LocalEngine:
             listed = ", ".join(f"GPU {gpu} has {free / 2**30:.1f} GiB" for gpu, free in full.items())
             raise ValueError(f"no GPU left: {listed} of free memory; wait, or name other GPUs with --gpu")
         self._needed = dict.fromkeys(self._free, 0)  # bytes of a command, at most so far
-        self._capacity_of_cpu = workers or max(1, _cores() // 2)
+        self._capacity_of_cpu = workers or max(1, cores() // 2)
 
     def place(self, alone: bool = False) -> int | None:
         here = {gpu: [process for process in self._running if process.gpu == gpu] for gpu in self._gpus}
@@ -109,7 +109,7 @@ class LocalEngine:
         return None
 
     def start(self, command: Command, gpu: int) -> Process:
-        threads = {"OMP_NUM_THREADS": str(max(1, _cores() // self._capacity_of_cpu))} if gpu == CPU else {}
+        threads = {"OMP_NUM_THREADS": str(max(1, cores() // self._capacity_of_cpu))} if gpu == CPU else {}
         process = Process(command, gpu, launch(command, gpu, {**threads, **os.environ}))
         self._running.append(process)
         return process
@@ -139,7 +139,7 @@ class LocalEngine:
             self._needed[gpu] = max(self._needed[gpu], used // len(here))
         if self._needed[gpu] <= 0:
             return 1
-        return min(_cores(), int(self._free[gpu] // (SPARE * self._needed[gpu])))
+        return min(cores(), int(self._free[gpu] // (SPARE * self._needed[gpu])))
 
 
 class RayEngine:
@@ -274,6 +274,6 @@ def _free_memory(gpu: int) -> int:
         return 0
 
 
-def _cores() -> int:
+def cores() -> int:
     """Counts the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
