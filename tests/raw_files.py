@@ -160,9 +160,9 @@ AMAZON_SEQUENCES = {1: "a b c d e", 2: "c a b f g h a", 7: "b d", 9: "h", 12: "f
 AMAZON_ATTRIBUTES = {"a": [5, 7], "b": [7], "c": [], "d": [1, 2, 3], "e": [5], "f": [9, 5]}  # g and h: none
 
 
-def write_amazon(raw: Path) -> Path:
+def write_amazon(raw: Path, category: str = "Sports_and_Outdoors") -> Path:
     """Writes per-user sequences and attributes in S3-Rec's layout."""
     raw.mkdir(parents=True, exist_ok=True)
-    (raw / "Sports_and_Outdoors.txt").write_text("".join(f"{u} {s}\n" for u, s in AMAZON_SEQUENCES.items()))
-    (raw / "Sports_and_Outdoors_item2attributes.json").write_text(json.dumps(AMAZON_ATTRIBUTES))
+    (raw / f"{category}.txt").write_text("".join(f"{u} {s}\n" for u, s in AMAZON_SEQUENCES.items()))
+    (raw / f"{category}_item2attributes.json").write_text(json.dumps(AMAZON_ATTRIBUTES))
     return raw

@@ -32,6 +32,12 @@ SCENARIOS = {
     "kuairand_tiny_tabs": ("tab", {"0", "1", "4"}),
     "movielens_1m": ("scenario", {"0", "1", "2"}),
 }
+AMAZON = {
+    "amazon_sports_din": "Sports_and_Outdoors",
+    "amazon_sports_din_holdout": "Sports_and_Outdoors",
+    "amazon_beauty_din_holdout": "Beauty",
+    "amazon_toys_din_holdout": "Toys_and_Games",
+}
 X1_COLUMNS = {
     "amazonelectronics_x1": "label,user_id,item_id,cate_id,item_history,cate_history",
     "taobaoad_x1": "clk,btag_his,cate_his,brand_his,userid,cms_segid,cms_group_id,final_gender_code,age_level,"
@@ -85,8 +91,8 @@ def prepared(tmp_path, monkeypatch):
             write_pure_tabs(raw, kuairand_log(0, PURE_DAYS), kuairand_log(1, PURE_DAYS))
         elif dataset_id == "movielens_1m":
             write_movielens(raw, movielens_ratings())
-        elif dataset_id.startswith("amazon_sports"):
-            write_amazon(raw)
+        elif dataset_id in AMAZON:
+            write_amazon(raw, AMAZON[dataset_id])
         else:
             raw.mkdir()
             for name in DATASETS[dataset_id].files:

@@ -19,24 +19,26 @@ from flowctr.data.files import read_json
 from flowctr.datasets.base import UNKNOWN, Dataset, find_raw, joined, written_together
 
 DOWNLOAD = "https://github.com/RUCAIBox/CIKM2020-S3Rec (folder data)"
-SEQUENCES = "Sports_and_Outdoors.txt"
-ATTRIBUTES = "Sports_and_Outdoors_item2attributes.json"
+SPORTS = "Sports_and_Outdoors"
+SEQUENCES = "{}.txt"
+ATTRIBUTES = "{}_item2attributes.json"
 SEED = 2022
 
 
-def prepare_amazon_sports(raw: Path, out: Path, holdout: bool = False) -> list[Path]:
-    """Writes the tables of amazon_sports_din, or with `holdout` those of amazon_sports_din_holdout.
+def prepare_amazon(raw: Path, out: Path, category: str = SPORTS, holdout: bool = False) -> list[Path]:
+    """Writes the tables of one category of Amazon's reviews.
 
     Args:
-        raw: The folder with the two raw files; those of another data set of S3-Rec, such as Beauty.txt and
-            Beauty_item2attributes.json, are taken if they are the only ones there.
+        raw: The folder with the category's two raw files. For Sports and Outdoors those of another data set of S3-Rec,
+            such as Yelp.txt and Yelp_item2attributes.json, are taken if they are the only ones there.
         out: The folder to write train.parquet, test.parquet and, with `holdout`, valid.parquet to.
+        category: As S3-Rec's files have it.
         holdout: Whether k = n-2 is taken out of train for validation.
 
     Returns:
         The paths of the tables.
     """
-    sequences_path, attributes_path = _find(raw)
+    sequences_path, attributes_path = _find(raw, category)
     sequences, categories = read_sequences(sequences_path), read_categories(attributes_path)
     tables = din_tables(sequences, categories, holdout, SEED)
     paths = [out / f"{split}.parquet" for split in tables]
@@ -46,14 +48,22 @@ def prepare_amazon_sports(raw: Path, out: Path, holdout: bool = False) -> list[P
     return paths
 
 
-def _find(raw: Path) -> tuple[Path, Path]:
-    """Returns the paths of sequences and attributes, see `prepare_amazon_sports`."""
-    if not any((raw / name).is_file() for name in (SEQUENCES, ATTRIBUTES)):
-        suffix = "_item2attributes.json"
-        pairs = [(path.with_name(path.name.removesuffix(suffix) + ".txt"), path) for path in raw.glob(f"*{suffix}")]
+def _find(raw: Path, category: str) -> tuple[Path, Path]:
+    """Returns the paths of sequences and attributes, see `prepare_amazon`."""
+    names = _files(category)
+    if category == SPORTS and not any((raw / name).is_file() for name in names):
+        suffix = ATTRIBUTES.format("")
+        pairs = [
+            (path.with_name(SEQUENCES.format(path.name.removesuffix(suffix))), path) for path in raw.glob(f"*{suffix}")
+        ]
         if len(pairs) == 1 and pairs[0][0].is_file():
             return pairs[0]
-    return find_raw(raw, SEQUENCES, DOWNLOAD), find_raw(raw, ATTRIBUTES, DOWNLOAD)
+    sequences, attributes = (find_raw(raw, name, DOWNLOAD) for name in names)
+    return sequences, attributes
+
+
+def _files(category: str) -> tuple[str, str]:
+    return SEQUENCES.format(category), ATTRIBUTES.format(category)
 
 
 def read_sequences(path: Path) -> pl.DataFrame:
@@ -166,23 +176,31 @@ def _negatives(user: np.ndarray, event_user: np.ndarray, code: np.ndarray, items
         negative[open_samples] = rng.integers(items, size=len(open_samples))
 
 
-_AMAZON = dict(
-    download=DOWNLOAD,
-    licence="none stated by the source: for your own use, do not redistribute",
-    files=(SEQUENCES, ATTRIBUTES),
-)
+def _amazon(dataset_id: str, description: str, category: str, holdout: bool) -> Dataset:
+    return Dataset(
+        id=dataset_id,
+        description=description,
+        function=partial(prepare_amazon, category=category, holdout=holdout),
+        download=DOWNLOAD,
+        licence="none stated by the source: for your own use, do not redistribute",
+        files=_files(category),
+    )
+
+
 DATASETS = [
-    Dataset(
-        id="amazon_sports_din",
-        description="Amazon Sports and Outdoors 5-core (2014), DIN's next-item protocol, validated on test as in BARS; "
+    _amazon(
+        "amazon_sports_din",
+        "Amazon Sports and Outdoors 5-core (2014), DIN's next-item protocol, validated on test as in BARS; "
         "also takes the files of another category, if they are the only ones in the folder.",
-        function=prepare_amazon_sports,
-        **_AMAZON,
+        SPORTS,
+        holdout=False,
     ),
-    Dataset(
-        id="amazon_sports_din_holdout",
-        description="the same with the last but one sample of each user taken out of train for validation.",
-        function=partial(prepare_amazon_sports, holdout=True),
-        **_AMAZON,
+    _amazon(
+        "amazon_sports_din_holdout",
+        "the same with the last but one sample of each user taken out of train for validation.",
+        SPORTS,
+        holdout=True,
     ),
+    _amazon("amazon_beauty_din_holdout", "the same of Beauty.", "Beauty", holdout=True),
+    _amazon("amazon_toys_din_holdout", "the same of Toys and Games.", "Toys_and_Games", holdout=True),
 ]
