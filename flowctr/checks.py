@@ -191,6 +191,7 @@ KEY_CHECKS: dict[str, Check] = {
     "model_root": _text,
     "zoo": _or_null(_text),
     "padding": _one_of(None, "pre", "post", "any"),
+    "init_linear": _boolean,
     "batch_size": _positive_integer,
     "epochs": _positive_integer,
     "eval_steps": _or_null(_positive_integer),

@@ -38,7 +38,7 @@ DATASET_KEYS = {
     *("dataset_id", "data_format", "sep", "feature_cols", "label_col", "min_categr_count", "data_block_size"),
     *("h5_compression", "behaviors", "group_id", "scenario", "use_features", "feature_specs", "label"),
 }
-ZOO_KEYS = {"zoo", "padding"}  # see `flowctr.zoo`
+ZOO_KEYS = {"zoo", "padding", "init_linear"}  # see `flowctr.zoo`
 FEATURE_KEYS = {"name", "source", "fill_na", "share_embedding", *checks.COLUMN_CHECKS}
 LABEL_KEYS = {"name", "active", "dtype", "fill_na", "may_be_missing", "preprocess"}
 # Keys of FuxiCTR that have no effect here, accepted so that its YAML files run unchanged.

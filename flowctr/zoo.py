@@ -26,8 +26,10 @@ from flowctr._fuxictr import python_digest
 from flowctr.data.format import find_h5, h5_files
 from flowctr.names import did_you_mean
 from fuxictr.features import FeatureMap
+from fuxictr.pytorch.layers import LogisticRegression
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 from torch import Tensor
+from torch.nn import Embedding
 
 POOLING = "layers.MaskedAveragePooling()"  # BARS' choice
 # The last steps of a sequence are read as the most recent ones. What packs sequences is found by `_padding_side`.
@@ -87,8 +89,8 @@ def adapt(
         train_data: An h5 file of the data set, or its folder; it tells on which side sequences are padded.
 
     Returns:
-        A subclass of the same name: it regularises as FuxiCTR does, and moves the padding of sequences to the other
-        side first if the model wants that.
+        A subclass of the same name: it regularises as FuxiCTR does, moves the padding of sequences to the other side
+        first if the model wants that, and starts its linear part small if the experiment says ``init_linear``.
 
     Raises:
         ValueError: If the model needs a field that the data set lacks, or predicts one label and there are several.
@@ -109,6 +111,13 @@ def adapt(
     methods = {}
     if issubclass(model_class, MultiTaskModel):  # our engine has another one for several tasks
         methods["regularization_loss"] = lambda self: model_class.regularization_loss(self)
+    if params.get("init_linear"):
+
+        def reset_parameters(self):
+            model_class.reset_parameters(self)
+            _init_linear(self)
+
+        methods["reset_parameters"] = reset_parameters
     side = _padding_side(model_class, params)
     sequences = [name for name, spec in feature_map.features.items() if spec["type"] == "sequence"]
     if side and _paddings(train_data, sequences) - {side}:
@@ -141,6 +150,29 @@ def align(inputs: Mapping[str, Tensor], behaviors: Iterable[Iterable[str]], side
         source = (torch.arange(steps, device=real.device) + shift.unsqueeze(1)) % steps
         aligned.update({name: inputs[name].gather(1, source) for name in columns})
     return aligned
+
+
+# Weights
+
+
+def _init_linear(model: BaseModel) -> None:
+    """Draws the tables of the linear part that FuxiCTR leaves at N(0, 1) as it draws all others.
+
+    A linear part shares no table, yet FuxiCTR skips the columns that share an embedding when it draws weights; a
+    sequence's weights are summed over its events, so that a model of many events starts with logits of tens.
+
+    Raises:
+        ValueError: If the model has no linear part.
+    """
+    linear = [
+        layer.embedding_layer.embedding_layer for layer in model.modules() if isinstance(layer, LogisticRegression)
+    ]
+    if not linear:
+        raise ValueError(f"init_linear: {type(model).__name__} has no linear part as it is set; leave init_linear out")
+    for tables in linear:
+        for name, table in tables.embedding_layers.items():
+            if isinstance(table, Embedding) and "share_embedding" in model.feature_map.features[name]:
+                tables.embedding_initializer(table.weight if table.padding_idx is None else table.weight[1:])
 
 
 # A folder's code

@@ -112,6 +112,27 @@ class Towers(MultiTaskModel):
         outputs = zip(self.feature_map.labels, self.output_activation, self.towers)
         return {f"{label}_pred": activation(tower(x)) for label, activation, tower in outputs}
 """
+WIDE = """
+from torch import nn
+from fuxictr.pytorch.models import BaseModel
+from fuxictr.pytorch.layers import FeatureEmbedding, LogisticRegression
+
+
+class Wide(BaseModel):
+    def __init__(self, feature_map, embedding_dim=4, learning_rate=1e-3, use_wide=True, **kwargs):
+        super().__init__(feature_map, **kwargs)
+        self.embedding_layer = FeatureEmbedding(feature_map, embedding_dim)
+        self.fc = nn.Linear(feature_map.sum_emb_out_dim(), 1)
+        self.lr_layer = LogisticRegression(feature_map) if use_wide else None
+        self.compile(kwargs["optimizer"], kwargs["loss"], learning_rate)
+        self.reset_parameters()
+        self.model_to_device()
+
+    def forward(self, inputs):
+        X = self.get_inputs(inputs)
+        logit = self.fc(self.embedding_layer(X, flatten_emb=True))
+        return {"y_pred": self.output_activation(logit + self.lr_layer(X) if self.lr_layer else logit)}
+"""
 VERSION = """
 import fuxictr
 from packaging import version
@@ -139,6 +160,12 @@ attends:
 remembers:
     zoo: ../FuxiCTR/model_zoo/Remembers
     model: Remembers
+    dataset_id: rows
+    label: click
+
+wide:
+    zoo: ../FuxiCTR/model_zoo/Wide
+    model: Wide
     dataset_id: rows
     label: click
 
@@ -179,6 +206,7 @@ post:
 MODELS = {
     "Attends": {"Attends.py": ATTENTION, "blocks.py": BLOCKS, "__init__.py": "from .Attends import *"},
     "Remembers": {"Remembers.py": RECURRENT, "__init__.py": "from .Remembers import Remembers"},
+    "Wide": {"Wide.py": WIDE, "__init__.py": "from .Wide import *"},
     "multitask/Towers": {"Towers.py": TASKS, "__init__.py": "from .Towers import *"},
 }
 
@@ -233,7 +261,7 @@ def adapted(model_class, feature_map=None, **params):
 # Equal to FuxiCTR
 
 
-@pytest.mark.parametrize("expid", ["attends", "towers"])
+@pytest.mark.parametrize("expid", ["attends", "wide", "towers"])
 def test_a_run_gives_what_fuxictrs_own_fit_gives(place, expid):
     result = run(place, expid)
 
@@ -252,8 +280,7 @@ def test_a_run_gives_what_fuxictrs_own_fit_gives(place, expid):
         split: list(H5DataLoader(feature_map, file, split="test", batch_size=32)) for split, file in files.items()
     }
     seed_everything(params["seed"])
-    name = {"attends": "Attends", "towers": "Towers"}[expid]
-    model = zoo.models(params["zoo"])[name](feature_map, **{**params, **fields})
+    model = zoo.models(params["zoo"])[params["model"]](feature_map, **{**params, **fields})
     Path(model.model_dir).mkdir(parents=True, exist_ok=True)
     model.fit(batches["train"], validation_data=batches["valid"], **{**params, **fields})
 
@@ -263,7 +290,7 @@ def test_a_run_gives_what_fuxictrs_own_fit_gives(place, expid):
     ours = torch.load(place / "checkpoints" / "rows" / f"{expid}-s1.model", weights_only=True)
     for key, weights in model.state_dict().items():
         assert torch.equal(weights, ours[key]), key
-    assert result["labels"] == (["click"] if expid == "attends" else ["click", "like"])
+    assert result["labels"] == (["click", "like"] if expid == "towers" else ["click"])
 
 
 # Folders
@@ -683,6 +710,38 @@ def test_other_code_than_that_of_the_training_is_told(place, tmp_path, monkeypat
     assert not told
     load_trained(place / "config", "remembers", overrides=["seed=9", f"zoo={other}"])
     assert told == [f"remembers was trained with other code of {other}"]
+
+
+# Initial weights
+
+
+def new_model(place, expid, *overrides):
+    """Builds the model of an experiment, untrained."""
+    params = config.load(place / "config", expid, overrides)
+    train, feature_map = build_h5(params)["train"], load_feature_map(params)
+    adapted_class = zoo.adapt(config.find_model(params), feature_map, params, train)
+    seed_everything(params["seed"])
+    return adapted_class(feature_map, **params)
+
+
+def linear_tables(model) -> dict[str, torch.Tensor]:
+    tables = model.lr_layer.embedding_layer.embedding_layer.embedding_layers
+    return {name: tables[name].weight.detach() for name in ("item", "item_history", "cate_history", "gap_history")}
+
+
+def test_the_linear_part_starts_small_if_the_experiment_says_so(place):
+    as_it_is, small = (linear_tables(new_model(place, "wide", *sets)) for sets in ((), ("init_linear=true",)))
+    for name in ("item_history", "cate_history"):  # these share an embedding, elsewhere
+        assert as_it_is[name].abs().max() > 0.1  # FuxiCTR's own, and the reason for the option
+        assert 0 < small[name].abs().max() < 1e-3
+        assert not small[name][0].any()  # padding
+    for name in ("item", "gap_history"):
+        assert torch.equal(as_it_is[name], small[name])
+
+
+def test_a_model_without_a_linear_part_does_not_start_it(place):
+    with pytest.raises(ValueError, match="init_linear: Wide has no linear part as it is set; leave init_linear out"):
+        new_model(place, "wide", "init_linear=true", "use_wide=false")
 
 
 # The configurations that come along
