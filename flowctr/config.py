@@ -336,6 +336,11 @@ def _check_experiment(params: Mapping[str, Any], model: type[BaseModel] | None) 
     if model:
         known = {*arguments, *REQUIRED_KEYS, *DEFAULTS, *DATASET_KEYS, *ZOO_KEYS, *IGNORED_KEYS}
         mistakes += _unknown_keys([key for key in params if key != "model_id"], known)
+        if not params.get("zoo"):
+            astray = sorted(params.keys() & ZOO_KEYS - {"zoo", *arguments})
+            mistakes += [
+                f"{key!r} is for FuxiCTR's model folders; name one with zoo, or leave it out" for key in astray
+            ]
     implied = {name: checks.like(argument.default) for name, argument in arguments.items() if name not in required}
     by_part = {key: check for key in params for part, check in checks.NAME_PART_CHECKS.items() if part in key}
     present = {key: value for key, value in params.items() if key not in missing}

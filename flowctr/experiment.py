@@ -255,6 +255,8 @@ def _train(
         train_data.epoch = train_data.start_batch = 0
         del model  # its memory is the next one's
         model = model_class(feature_map, **parameters)
+        if params.get("zoo"):
+            zoo.warn_of_linear(model)
         if writes and os.environ.get(EVALUATIONS):
             model.on_evaluation = lambda curve: _write(
                 Path(os.environ[EVALUATIONS]), lambda file: file.write(_to_json(curve).encode())

@@ -5,6 +5,7 @@ They name their sequences and the targets of these in arguments such as ``din_se
 want sequences that no such argument names to be pooled, and some want the padding on one side.
 """
 
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -26,10 +27,10 @@ from flowctr._fuxictr import python_digest
 from flowctr.data.format import find_h5, h5_files
 from flowctr.names import did_you_mean
 from fuxictr.features import FeatureMap
-from fuxictr.pytorch.layers import LogisticRegression
+from fuxictr.pytorch.layers import FeatureEmbeddingDict, LogisticRegression
 from fuxictr.pytorch.models import BaseModel, MultiTaskModel
 from torch import Tensor
-from torch.nn import Embedding
+from torch.nn import Linear
 
 POOLING = "layers.MaskedAveragePooling()"  # BARS' choice
 # The last steps of a sequence are read as the most recent ones. What packs sequences is found by `_padding_side`.
@@ -115,7 +116,7 @@ def adapt(
 
         def reset_parameters(self):
             model_class.reset_parameters(self)
-            _init_linear(self)
+            _start_linear(self)
 
         methods["reset_parameters"] = reset_parameters
     side = _padding_side(model_class, params)
@@ -152,27 +153,50 @@ def align(inputs: Mapping[str, Tensor], behaviors: Iterable[Iterable[str]], side
     return aligned
 
 
-# Weights
+def warn_of_linear(model: BaseModel) -> None:
+    """Warns of linear weights that FuxiCTR leaves at N(0, 1), unless the model was made with ``init_linear``."""
+    for tables in _linear_parts(model):
+        shared = [name for name in tables.embedding_layers if "share_embedding" in tables._feature_map.features[name]]
+        if shared:
+            logging.warning(
+                "%s: FuxiCTR starts the linear weights of %s at N(0, 1), which can spoil the training; "
+                "init_linear: true starts them as small as embeddings",
+                type(model).__name__,
+                ", ".join(shared),
+            )
 
 
-def _init_linear(model: BaseModel) -> None:
-    """Draws the tables of the linear part that FuxiCTR leaves at N(0, 1) as it draws all others.
+# The linear part
 
-    A linear part shares no table, yet FuxiCTR skips the columns that share an embedding when it draws weights; a
-    sequence's weights are summed over its events, so that a model of many events starts with logits of tens.
+
+def _linear_parts(model: BaseModel) -> list[FeatureEmbeddingDict]:
+    return [layer.embedding_layer.embedding_layer for layer in model.modules() if isinstance(layer, LogisticRegression)]
+
+
+def _start_linear(model: BaseModel) -> None:
+    """Draws all weights of the linear part as FuxiCTR draws the tables of embeddings.
+
+    A linear part shares no table, yet FuxiCTR skips the columns that share an embedding elsewhere when it draws weights
+    and leaves theirs at N(0, 1), and those of numeric columns. A sequence's weights are summed over its events, so that
+    a model of many events starts with logits of tens.
 
     Raises:
         ValueError: If the model has no linear part.
     """
-    linear = [
-        layer.embedding_layer.embedding_layer for layer in model.modules() if isinstance(layer, LogisticRegression)
-    ]
-    if not linear:
+    parts = _linear_parts(model)
+    if not parts:
         raise ValueError(f"init_linear: {type(model).__name__} has no linear part as it is set; leave init_linear out")
-    for tables in linear:
-        for name, table in tables.embedding_layers.items():
-            if isinstance(table, Embedding) and "share_embedding" in model.feature_map.features[name]:
-                tables.embedding_initializer(table.weight if table.padding_idx is None else table.weight[1:])
+    features = {
+        name: {key: value for key, value in spec.items() if key != "share_embedding"}
+        for name, spec in model.feature_map.features.items()
+    }
+    for tables in parts:
+        tables._feature_map = copy.copy(tables._feature_map)  # also for tables that are drawn anew in each epoch
+        tables._feature_map.features = features
+        tables.init_weights()
+        for column in tables.embedding_layers.values():
+            if isinstance(column, Linear):
+                tables.embedding_initializer(column.weight)
 
 
 # A folder's code

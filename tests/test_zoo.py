@@ -16,6 +16,7 @@ from flowctr import cli, config, experiment, zoo
 from flowctr.config import ConfigError
 from flowctr.data import H5DataLoader, build_h5, load_feature_map
 from flowctr.trained import load_trained
+from flowctr.weights import redraw_embeddings
 from fuxictr.pytorch.models import MultiTaskModel
 from fuxictr.pytorch.torch_utils import seed_everything
 from toy import toy_feature_map
@@ -724,19 +725,51 @@ def new_model(place, expid, *overrides):
     return adapted_class(feature_map, **params)
 
 
-def linear_tables(model) -> dict[str, torch.Tensor]:
-    tables = model.lr_layer.embedding_layer.embedding_layer.embedding_layers
-    return {name: tables[name].weight.detach() for name in ("item", "item_history", "cate_history", "gap_history")}
+def linear_weights(model) -> dict[str, torch.Tensor]:
+    columns = model.lr_layer.embedding_layer.embedding_layer.embedding_layers
+    return {name: column.weight.detach() for name, column in columns.items()}
 
 
 def test_the_linear_part_starts_small_if_the_experiment_says_so(place):
-    as_it_is, small = (linear_tables(new_model(place, "wide", *sets)) for sets in ((), ("init_linear=true",)))
-    for name in ("item_history", "cate_history"):  # these share an embedding, elsewhere
-        assert as_it_is[name].abs().max() > 0.1  # FuxiCTR's own, and the reason for the option
-        assert 0 < small[name].abs().max() < 1e-3
-        assert not small[name][0].any()  # padding
-    for name in ("item", "gap_history"):
-        assert torch.equal(as_it_is[name], small[name])
+    as_it_is, small = (new_model(place, "wide", *sets) for sets in ((), ("init_linear=true",)))
+    for name in ("item_history", "cate_history", "price"):  # FuxiCTR's own, and the reason for the option
+        assert linear_weights(as_it_is)[name].abs().max() > 0.1
+    weights = linear_weights(small)
+    assert {"item", "price", "item_history", "cate_history", "gap_history"} <= weights.keys()
+    assert all(0 < weight.abs().max() < 1e-3 for weight in weights.values())
+    assert not any(weights[name][0].any() for name in ("item_history", "cate_history", "gap_history"))  # padding
+    tables = small.embedding_layer.embedding_layer.embedding_layers
+    assert tables["item_history"].weight is tables["item"].weight  # elsewhere they share as before
+
+
+def test_the_linear_part_starts_small_in_every_epoch_with_new_tables(place):
+    model = new_model(place, "wide", "init_linear=true")
+    before = {name: weight.clone() for name, weight in linear_weights(model).items()}
+    redraw_embeddings(model, in_place=False)
+    after = linear_weights(model)
+    for name in ("item", "item_history", "cate_history", "gap_history"):
+        assert not torch.equal(before[name], after[name])
+        assert after[name].abs().max() < 1e-3
+    assert torch.equal(before["price"], after["price"])  # it has no table
+
+
+def test_a_training_warns_of_linear_weights_that_start_large(place, monkeypatch):
+    warning = "WARNING Wide: FuxiCTR starts the linear weights of item_history, cate_history at N(0, 1)"
+    logs = {}
+    for name, small in (("small", "true"), ("large", "false")):
+        run(place, "wide", f"init_linear={small}", f"model_root={place / name}")
+        logs[name] = (place / name / "rows" / "wide-s1.log").read_text()
+    assert warning in logs["large"]
+    assert "linear weights" not in logs["small"]
+    calls = []
+    monkeypatch.setattr(zoo, "warn_of_linear", calls.append)
+    load_trained(place / "config", "wide", overrides=["init_linear=false", f"model_root={place / 'large'}"])
+    assert not calls  # too late for these
+
+
+def test_keys_for_these_folders_are_refused_without_one():
+    with pytest.raises(ConfigError, match="'init_linear' is for FuxiCTR's model folders; name one with zoo"):
+        config.load(config.REPOSITORY / "model_zoo" / "HSTU" / "config", "HSTU_test", ["init_linear=true"])
 
 
 def test_a_model_without_a_linear_part_does_not_start_it(place):
@@ -755,7 +788,7 @@ def test_baselines_are_complete():
     suites = {}
     for expid, settings in content.items():
         model, dataset = settings["model"], settings["dataset_id"]
-        name, kind, holdout = re.fullmatch(r"(\w+?)((?:_tuned)?(?:_ema)?)((?:_holdout)?)", expid).groups()
+        name, kind, holdout = re.fullmatch(r"(\w+?)((?:_tuned)?(?:_ema|_init)?)((?:_holdout)?)", expid).groups()
         assert f"{name}{holdout}" == f"{model}_{dataset}"
         assert re.fullmatch(rf"FuxiCTR/model_zoo/(multitask/)?{model}", settings["zoo"])
         assert dataset in known
@@ -771,6 +804,7 @@ def test_baselines_are_complete():
         "amazon_sports_din_tuned_ema": {"DIN"},
         "amazon_sports_din_holdout_tuned_ema": {"DIN"},
         "kuairand_pure_window": several | single,
+        "kuairand_pure_window_init": {"FM", "FmFM", "xDeepFM", "AutoInt"},
         "kuairand_pure_window_tabs": several,
         "kuairand_tiny": single | several,
     }
