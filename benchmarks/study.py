@@ -400,7 +400,7 @@ def page(folder: Path, done: dict[str, list[tuple[Job, dict]]]) -> str:
     final_runs = runs_of(done["final"])
     devices = sorted({run["hardware"]["gpu"] or "CPU" for run in final_runs})
     parts = [
-        f"# {study['base_expid']}",
+        f"# {folder.name}",
         f"{first['model']}{' of FuxiCTR' if first.get('zoo') else ''} on `{first['dataset_id']}`, "
         f"{'a model for each label, ' if study['labels'] else ''}"
         f"seeds {', '.join(str(result['seed']) for result in finals)}, {' and '.join(devices)}, "

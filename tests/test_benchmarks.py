@@ -83,7 +83,10 @@ def test_every_study_page_is_what_its_lines_say():
         best = dict(text.split("=") for option, text in pairwise(command) if option == "--set")
         defaults = {} if params.get("zoo") else _defaults(params["model"])  # the code of a zoo need not be here
         for key in study["tuner_space"]:
-            assert json.loads(best[key]) == params.get(key, defaults.get(key)), (folder, key)
+            if key == "dataset_id":  # an experiment of other data, with the settings that were found there
+                assert (study["dataset_id"], study["tuned_on"]) == (json.loads(best[key]), params[key])
+            else:
+                assert json.loads(best[key]) == params.get(key, defaults.get(key)), (folder, key)
 
 
 def test_every_study_page_is_written_by_what_the_folder_keeps(study):
@@ -161,6 +164,7 @@ def test_models_for_one_label_are_ranked_and_shown_together(study, baseline):
     assert trial["metrics"]["valid"]["gAUC"] is None  # it is of one label
 
     page = (baseline / "README.md").read_text()
+    assert page.startswith("# FM_tiny\n\nFM of FuxiCTR on `kuairand_tiny`, ")
     spread = [f"{auc + 0.015:.4f} ± {0.01 / 2**0.5:.4f}" for auc in (0.5, 0.9, 0.7)]
     assert f"| is_like | 0.9000 ± 0.0000 | – | 0.9000 ± 0.0000 | 0.9000 ± 0.0000 | {spread[1]} |" in page
     assert "| 3,000 | 30 | 21 | 100 | 3.00 |" in page  # rows/s: 1 / (1/600 + 1/300 + 1/200)

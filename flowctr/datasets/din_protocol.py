@@ -201,6 +201,16 @@ DATASETS = [
         SPORTS,
         holdout=True,
     ),
-    _amazon("amazon_beauty_din_holdout", "the same of Beauty.", "Beauty", holdout=True),
-    _amazon("amazon_toys_din_holdout", "the same of Toys and Games.", "Toys_and_Games", holdout=True),
+    _amazon(
+        "amazon_beauty_din_holdout",
+        "Beauty instead of Sports and Outdoors, with that hold-out.",
+        "Beauty",
+        holdout=True,
+    ),
+    _amazon(
+        "amazon_toys_din_holdout",
+        "Toys and Games instead of Sports and Outdoors, with that hold-out.",
+        "Toys_and_Games",
+        holdout=True,
+    ),
 ]
