@@ -73,7 +73,7 @@ def test_an_unknown_data_set_names_the_nearest(tmp_path):
 
 
 def test_the_registry_says_what_each_data_set_is():
-    assert len(DATASETS) == 13
+    assert len(DATASETS) == 15
     for name, dataset in DATASETS.items():
         assert name == dataset.id and dataset.files and callable(dataset.function)
         assert all("\n" not in text and text for text in (dataset.description, dataset.download, dataset.licence))
