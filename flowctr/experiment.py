@@ -255,7 +255,7 @@ def _train(
         train_data.epoch = train_data.start_batch = 0
         del model  # its memory is the next one's
         model = model_class(feature_map, **parameters)
-        if params.get("zoo"):
+        if params.get("zoo") and writes:
             zoo.warn_of_linear(model)
         if writes and os.environ.get(EVALUATIONS):
             model.on_evaluation = lambda curve: _write(
